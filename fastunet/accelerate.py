@@ -1,0 +1,117 @@
+"""Make the U-Net of a model faster in place, say what was done, and take it back.
+
+A site is replaced by setting ``module.__class__`` to a subclass of the host's class whose forward
+calls a fused op. Parameters, state_dict keys, hooks, isinstance, deepcopy and pickle stay as they
+are, and no library's class is changed: two models in one process are independent.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastunet import hosts
+from fastunet.hosts import Left, Swap
+
+_MARK = "_fastunet"
+
+
+@dataclass
+class _Plan:
+    """What a replaced module remembers, in one plain attribute."""
+
+    original: type[nn.Module]
+    partner: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was replaced, as {op: count}, and each site that was recognised and left."""
+
+    replaced: dict[str, int]
+    left: list[Left]
+    sites: dict[str, tuple[str, ...]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in plain types, for JSON."""
+        return {
+            "replaced": dict(self.replaced),
+            "left": [dict(row.__dict__) for row in self.left],
+            "sites": {site: list(ops) for site, ops in self.sites.items()},
+        }
+
+    def __str__(self) -> str:
+        rows = [f"{count:5d}  {op}" for op, count in self.replaced.items()]
+        lines = ["replaced", *(rows or ["    0  (no known site in this model)"])]
+        if self.left:
+            width = max(len(row.site) for row in self.left)
+            lines += ["left", *(f"  {r.site:{width}}  {r.reason}: {r.detail}" for r in self.left)]
+        else:
+            lines.append("left: nothing")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """Replace every known site of the model's U-Net by a fused one, in place.
+
+    Args:
+        model: diffusers' UNet2DConditionModel, fastunet.models.unet_sd.UNet, or a module that holds
+            one. A model that is already accelerated stays so.
+        strict: raise if a site has to be left.
+
+    Raises:
+        TypeError: ``model`` is no nn.Module.
+        ValueError: ``strict`` and a site is left; the text is the report, and nothing was changed.
+    """
+    swaps, report = _survey(model)
+    if strict and report.left:
+        raise ValueError(f"strict=True and not every site can be replaced\n{report}")
+    for swap in swaps:
+        if _MARK not in swap.module.__dict__:
+            swap.module.__dict__[_MARK] = _Plan(type(swap.module), swap.partner)
+            swap.module.__class__ = swap.replacement
+    return report
+
+
+def explain(model: nn.Module) -> Report:
+    """What :func:`accelerate` would do, or has done; changes nothing."""
+    return _survey(model)[1]
+
+
+def restore(model: nn.Module) -> None:
+    """Take :func:`accelerate` back: every module is of the class that it was."""
+    for module in _marked(model):
+        module.__class__ = module.__dict__.pop(_MARK).original
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether any module of the model is replaced."""
+    return any(True for _ in _marked(model))
+
+
+def partners(model: nn.Module, site: str) -> list[str]:
+    """Names of the modules that finish what a replaced site begins (conv_act after conv_norm_out)."""
+    partner = model.get_submodule(site).__dict__[_MARK].partner
+    return [name for name, module in model.named_modules() if module is partner]
+
+
+def _marked(model: nn.Module) -> Iterator[nn.Module]:
+    _require_module(model)
+    return (module for module in model.modules() if _MARK in module.__dict__)
+
+
+def _survey(model: nn.Module) -> tuple[list[Swap], Report]:
+    _require_module(model)
+    found = [row for name, module in model.named_modules() for row in hosts.visit(name, module)]
+    swaps = [row for row in found if isinstance(row, Swap)]
+    left = [row for row in found if isinstance(row, Left)]
+    replaced = Counter(op for swap in swaps for op in swap.ops)
+    sites = {swap.site: swap.ops for swap in swaps if swap.ops}
+    return swaps, Report(dict(sorted(replaced.items())), left, sites)
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,108 @@
+"""Parity on the user's own model and inputs: each replaced site, and the whole model."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunet.accelerate import accelerate, explain, is_accelerated, partners, restore
+from fastunet.testing import Row, compare, to_double
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One row a comparison; ``passed`` if every row is within the rule of fastunet.testing."""
+
+    rows: list[Row]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table in plain types, for JSON."""
+        return {"passed": self.passed, "rows": [row.to_dict() for row in self.rows]}
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.rows] + [4])
+        head = f"{'':{width}}  {'dtype':8}  {'ours':>9}  {'eager':>9}  {'budget':>9}  {'share':>5}"
+        lines = [head]
+        for row in self.rows:
+            verdict = "ok" if row.passed else "FAIL" if row.finite else "FAIL (NaN or Inf)"
+            lines.append(
+                f"{row.name:{width}}  {row.dtype:8}  {row.error:9.2e}  {row.eager:9.2e}  "
+                f"{row.budget:9.2e}  {row.ratio:5.2f}  {verdict}"
+            )
+        return "\n".join(lines)
+
+
+def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
+    """Compare every replaced site, and the model as a whole, with PyTorch and with fp64.
+
+    The truth is the model as it was before accelerate(), in fp64 on the same inputs; a site is given
+    the inputs that it has inside the unaccelerated model. The model is run three times, in copies:
+    it is neither changed nor trained. Gradients are not compared.
+
+    Args:
+        model: an accelerated model, or one that accelerate() would change: then a copy is.
+        args, kwargs: one set of inputs of the model.
+
+    Returns:
+        The table: a row a site, named by the site, and the row "output". Errors are max|. - truth|;
+        "share" is our part of the rule's budget, the worse of max and rms.
+
+    Raises:
+        ValueError: accelerate() finds no site in the model.
+    """
+    if not explain(model).sites:
+        raise ValueError(f"model must have a site to replace, {type(model).__name__} has none")
+    ours = copy.deepcopy(model).eval()
+    if not is_accelerated(ours):
+        accelerate(ours)
+    eager = copy.deepcopy(ours)
+    restore(eager)
+    rows: list[Row] = []
+    hooks = []
+    for site in explain(ours).sites:
+        names = [site, *partners(ours, site)]
+        fused, plain = ([root.get_submodule(name) for name in names] for root in (ours, eager))
+        hook = _compare_site(site, fused, plain, rows)
+        hooks.append(plain[0].register_forward_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        eager_outputs = _tensors(eager(*args, **kwargs))
+        for hook in hooks:
+            hook.remove()
+        truths = _tensors(eager.double()(*to_double(args), **to_double(kwargs)))
+        for index, output in enumerate(_tensors(ours(*args, **kwargs))):
+            name = "output" if len(truths) == 1 else f"output {index}"
+            rows.append(compare(name, output, eager_outputs[index], truths[index]))
+    return Parity(rows)
+
+
+def _compare_site(
+    site: str, fused: list[nn.Module], plain: list[nn.Module], rows: list[Row]
+) -> Callable[..., None]:
+    """A hook on plain[0] that runs the site, a chain of modules, fused and in fp64 beside it."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        exact = [copy.deepcopy(link).double() for link in plain]
+        exact[0]._forward_hooks.clear()
+        ours, truth = fused[0](*args, **kwargs), exact[0](*to_double(args), **to_double(kwargs))
+        for after in range(1, len(plain)):
+            output, ours = plain[after](output), fused[after](ours)
+            truth = exact[after](truth)
+        tensors = (_tensors(ours), _tensors(output), _tensors(truth))
+        rows.extend(compare(site, *row) for row in zip(*tensors, strict=True))
+
+    return hook
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's result: a tensor, a tuple of them, or an output object of a host."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [tensor for value in values for tensor in _tensors(value)]

@@ -1,0 +1,51 @@
+"""Which modules of a model are recognised, and which class takes over their forward.
+
+A host file has one function, ``visit(name, module)``, that yields for one module what it would swap
+(:class:`Swap`) and what it recognises but leaves (:class:`Left`). It changes nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Swap:
+    """``module`` at ``site`` becomes a ``replacement``, which computes ``ops`` (op, once each)."""
+
+    site: str
+    module: nn.Module
+    replacement: type[nn.Module]
+    ops: tuple[str, ...]
+    partner: nn.Module | None = None  # another module that the replacement's forward needs to see
+
+
+@dataclass(frozen=True)
+class Left:
+    """A site that was recognised and not replaced: a machine-readable reason, and its sentence."""
+
+    site: str
+    reason: str
+    detail: str
+
+
+# Where a class comes from, by the start of its module's name -> the file that knows it.
+HOSTS = {
+    "fastunet.models.unet_sd": "fastunet.hosts.unet_sd",
+    "diffusers.": "fastunet.hosts.diffusers",
+}
+
+
+def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
+    """What the module's host has to say of it; nothing for a module of no known host."""
+    for cls in type(module).__mro__:
+        for prefix, host in HOSTS.items():
+            if cls.__module__.startswith(prefix):
+                yield from import_module(host).visit(name, module)
+                return
+
+
+def join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child

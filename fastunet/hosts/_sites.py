@@ -1,0 +1,89 @@
+"""Sites that every host of Stable Diffusion's U-Net has in the same shape."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from fastunet.hosts import Left, Swap, join
+from fastunet.nn import GroupNorm
+from fastunet.nn._plain import is_plain
+from fastunet.nn.attention import extra_part
+from fastunet.nn.group_norm import fused_norm
+from fastunet.nn.resnet import unlike_plain
+
+RESNET_OPS = ("group_norm_silu", "group_norm_silu", "time_embedding")
+
+
+class HeadNorm(nn.GroupNorm):
+    """``conv_norm_out`` that computes ``conv_act`` too, as long as nobody listens in between."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        activation = "silu" if head_is_fused(self, self._fastunet.partner) else None
+        return fused_norm(self, input, None, activation)
+
+
+class HeadActivation(nn.SiLU):
+    """``conv_act`` after a :class:`HeadNorm`: its work is done, unless somebody listens."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if head_is_fused(self._fastunet.partner, self):
+            return input
+        return super().forward(input)
+
+
+def head_is_fused(norm: nn.Module, activation: nn.Module) -> bool:
+    """Asked by both, at each call, so that both always agree."""
+    return is_plain(norm, HeadNorm) and is_plain(activation, HeadActivation)
+
+
+def head(name: str, unet: nn.Module) -> Iterator[Swap | Left]:
+    """``conv_norm_out`` and ``conv_act``, the last norm of a U-Net."""
+    norm, activation = unet.conv_norm_out, unet.conv_act
+    site = join(name, "conv_norm_out")
+    if norm is None:
+        return
+    if not isinstance(activation, nn.SiLU):
+        yield Left(site, "activation", f"conv_act is {type(activation).__name__}, not SiLU")
+    elif not (_free(norm, nn.GroupNorm, HeadNorm) and _free(activation, nn.SiLU, HeadActivation)):
+        yield Left(site, "not_plain", "conv_norm_out or conv_act has hooks or another class")
+    else:
+        yield Swap(site, norm, HeadNorm, ("group_norm_silu",), partner=activation)
+        yield Swap(join(name, "conv_act"), activation, HeadActivation, (), partner=norm)
+
+
+def norm(site: str, module: nn.Module) -> Iterator[Swap | Left]:
+    """A GroupNorm that no activation follows."""
+    if _free(module, nn.GroupNorm, GroupNorm):
+        yield Swap(site, module, GroupNorm, ("group_norm",))
+    else:
+        yield Left(site, "not_plain", f"{type(module).__name__} has hooks or another class")
+
+
+def resnet(
+    site: str, block: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    if type(block) not in (plain, fused):
+        yield Left(site, "subclass", f"{type(block).__name__} may compute something else")
+    elif "forward" in block.__dict__:
+        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    elif (other := unlike_plain(block)) is not None:
+        yield Left(site, *other)
+    else:
+        yield Swap(site, block, fused, RESNET_OPS)
+
+
+def attention(
+    site: str, layer: nn.Module, is_cross: bool, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    if type(layer) not in (plain, fused):
+        yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
+    elif "forward" in layer.__dict__:
+        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    elif (extra := extra_part(layer)) is not None:
+        yield Left(site, "attention_options", f"it computes more than attention: {extra}")
+    else:
+        yield Swap(site, layer, fused, ("cross_attention" if is_cross else "self_attention",))
+
+
+def _free(module: object, plain: type[nn.Module], fused: type[nn.Module]) -> bool:
+    return is_plain(module, plain) or is_plain(module, fused)

@@ -1,0 +1,22 @@
+"""When may a fused forward read a child's parameters, instead of calling the child?"""
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+
+def is_plain(child: object, kind: type[nn.Module]) -> bool:
+    """True if calling ``child`` would do what ``kind.forward`` does and nothing else.
+
+    Asked at call time: a hook, a LoRA, an offloaded or a quantised weight that came after the model
+    was accelerated counts. What is not plain is called.
+    """
+    if type(child) is not kind or not isinstance(child, nn.Module):
+        return False
+    hooked = child._forward_hooks or child._forward_pre_hooks
+    hooked = hooked or child._backward_hooks or child._backward_pre_hooks
+    hooked = hooked or _module._global_forward_hooks or _module._global_forward_pre_hooks
+    hooked = hooked or _module._global_backward_hooks or _module._global_backward_pre_hooks
+    if hooked or "forward" in child.__dict__:
+        return False
+    values = child._parameters.values()
+    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in values)

@@ -1,0 +1,66 @@
+"""GroupNorm with what stands around it: the addition before, the SiLU after."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastunet import kernels
+from fastunet.nn._plain import is_plain
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm`` in one launch, in the layout that it is given."""
+
+    activation: ClassVar[str | None] = None
+
+    @classmethod
+    def from_layer(cls, norm: nn.GroupNorm) -> Self:
+        """Share ``norm``'s parameters, eps and mode.
+
+        Raises:
+            TypeError: ``norm`` is no ``nn.GroupNorm``.
+        """
+        if not isinstance(norm, nn.GroupNorm):
+            raise TypeError(f"norm must be an nn.GroupNorm, got {type(norm).__name__}")
+        fused = cls(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
+        fused.weight, fused.bias = norm.weight, norm.bias
+        return fused.train(norm.training)
+
+    def forward(self, input: Tensor, shift: Tensor | None = None) -> Tensor:
+        """input [N, C, *S], shift [N, C] or None -> act(norm(input + shift)), [N, C, *S]."""
+        if input.dim() > 1 and input.shape[1] != self.num_channels:
+            raise ValueError(
+                f"input channels ({input.shape[1]}) must equal num_channels ({self.num_channels})"
+            )
+        return fused_norm(self, input, shift, self.activation)
+
+
+class GroupNormSiLU(GroupNorm):
+    """``silu(norm(x + shift))`` in one launch, where ``nn.GroupNorm`` then ``nn.SiLU`` stood."""
+
+    activation = "silu"
+
+
+def normalize(
+    norm: nn.Module, x: Tensor, *, shift: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """act(norm(x + shift)): fused where ``norm`` is a plain GroupNorm, around it where it is not."""
+    if is_plain(norm, nn.GroupNorm) or is_plain(norm, GroupNorm):
+        return fused_norm(norm, x, shift, activation)
+    if shift is not None:
+        x = kernels.add_time_embedding(x, shift)
+    x = norm(x)
+    return F.silu(x) if activation == "silu" else x
+
+
+def fused_norm(norm: nn.Module, x: Tensor, shift: Tensor | None, activation: str | None) -> Tensor:
+    weight, bias = norm.weight, norm.bias
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Autocast runs group_norm in fp32 on a GPU, and so does what replaces it.
+        x, weight, bias, shift = (t if t is None else t.float() for t in (x, weight, bias, shift))
+    return kernels.group_norm(
+        x, norm.num_groups, weight, bias, norm.eps, shift=shift, activation=activation
+    )

@@ -1,0 +1,103 @@
+"""The residual block of Stable Diffusion's U-Net (He et al. 2016; Ho et al. 2020)."""
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastunet.nn._plain import is_plain
+from fastunet.nn.group_norm import normalize
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, convolution; time embedding, norm, SiLU, dropout, convolution; plus the input.
+
+    Both norms take their SiLU in, and the second one the addition of the time embedding: two launches
+    where five or more were. Parameter names are those of diffusers' ResnetBlock2D.
+
+    Args:
+        in_channels, out_channels: multiples of ``groups``.
+        emb_channels: width of the time embedding.
+        groups: of both norms.
+        eps: of both norms.
+        dropout: before the second convolution, in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups:
+                raise ValueError(f"{name} ({channels}) must be divisible by groups ({groups})")
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nonlinearity = nn.SiLU()
+        self.conv_shortcut = None
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    @classmethod
+    def from_layer(cls, block: nn.Module) -> Self:
+        """Share the layers of a plain residual block of diffusers or fastunet.models.
+
+        Raises:
+            TypeError: the block lacks one of the layers.
+            ValueError: the block computes something else (see :func:`unlike_plain`).
+        """
+        names = ("norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity")
+        for name in names:
+            if getattr(block, name, None) is None:
+                raise TypeError(f"block must have {name}, {type(block).__name__} has none")
+        other = unlike_plain(block)
+        if other is not None:
+            raise ValueError(f"block must be plain, got {other[1]}")
+        fused = cls(1, 1, 1, groups=1)
+        for name in (*names, "conv_shortcut"):
+            setattr(fused, name, getattr(block, name, None))
+        return fused.train(block.training)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [N, C_in, H, W], emb [N, E] -> [N, C_out, H, W]."""
+        return residual(self, x, emb)
+
+
+def residual(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+    """The block's forward with both norms fused; every other layer is called as it is."""
+    silu = is_plain(block.nonlinearity, nn.SiLU)
+    activation = "silu" if silu else None
+    h = normalize(block.norm1, x, activation=activation)
+    h = block.conv1(h if silu else block.nonlinearity(h))
+    shift = block.time_emb_proj(block.nonlinearity(emb))  # [N, C]
+    h = normalize(block.norm2, h, shift=shift, activation=activation)
+    h = block.conv2(block.dropout(h if silu else block.nonlinearity(h)))
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    return x + h
+
+
+def unlike_plain(block: nn.Module) -> tuple[str, str] | None:
+    """(reason code, detail) of what the block does beside :func:`residual`, or None."""
+    if not isinstance(block.nonlinearity, nn.SiLU):
+        return "activation", f"nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
+    if block.time_emb_proj is None:
+        return "no_time_embedding", "time_emb_proj is None"
+    if getattr(block, "time_embedding_norm", "default") != "default":
+        return "time_embedding_norm", f"time_embedding_norm is {block.time_embedding_norm!r}"
+    if getattr(block, "skip_time_act", False):
+        return "skip_time_act", "the time embedding is projected without its SiLU"
+    for name in ("upsample", "downsample"):
+        if getattr(block, name, None) is not None:
+            return "resample", f"{name} stands between the SiLU and the convolution"
+    if getattr(block, "output_scale_factor", 1.0) != 1.0:
+        return "output_scale_factor", f"output_scale_factor is {block.output_scale_factor}"
+    return None

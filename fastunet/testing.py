@@ -1,0 +1,184 @@
+"""Parity by comparison: how far from the truth is ours, and how far is PyTorch's own?
+
+Truth is the reference in fp64 on inputs already rounded to the dtype under test; eager is the same
+reference in that dtype. The rule has no hand-picked tolerance:
+
+    max    max|ours - truth| <= 2 * max|eager - truth| + 1 ulp
+    rms    rms(ours - truth) <= 1.25 * rms(eager - truth) + 1/4 ulp
+    finite NaN and infinities exactly where eager has them
+
+An ulp is that of the dtype at the largest finite value of the truth. Public: for tests of third
+parties' layers too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What Stable Diffusion 1.5 (512 x 512) and SDXL (1024 x 1024) ask of each op, batch left out.
+# group_norm: (channels, side), 32 groups; 10, 20, 30, 40, 60, 80 channels a group, never a power of 2.
+# attention: (heads, head dim, query tokens, key tokens); add_time_embedding: (channels, side).
+SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
+    "sd15": {
+        "group_norm": [
+            *((320, 64), (640, 64), (960, 64), (320, 32), (640, 32), (960, 32), (1280, 32)),
+            *((1920, 32), (640, 16), (1280, 16), (1920, 16), (2560, 16), (1280, 8), (2560, 8)),
+        ],
+        "attention": [
+            *((8, 40, 4096, 77), (8, 80, 1024, 77), (8, 160, 256, 77), (8, 160, 64, 77)),
+            *((8, 40, 4096, 4096), (8, 80, 1024, 1024), (8, 160, 256, 256), (8, 160, 64, 64)),
+        ],
+        "add_time_embedding": [(320, 64), (640, 32), (1280, 16), (1280, 8)],
+    },
+    "sdxl": {
+        "group_norm": [
+            *((320, 128), (640, 128), (960, 128), (320, 64), (640, 64), (960, 64), (1280, 64)),
+            *((1920, 64), (640, 32), (1280, 32), (1920, 32), (2560, 32)),
+        ],
+        "attention": [
+            *((10, 64, 4096, 77), (20, 64, 1024, 77), (10, 64, 4096, 4096), (20, 64, 1024, 1024)),
+        ],
+        "add_time_embedding": [(320, 128), (640, 64), (1280, 32)],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: errors are max|. - truth|; the budget is the rule's for the max."""
+
+    name: str
+    dtype: str
+    error: float
+    eager: float
+    budget: float
+    rms_ratio: float  # rms error over its budget
+    finite: bool  # NaN and infinities stand where eager's do
+
+    @property
+    def ratio(self) -> float:
+        """Our share of the budget, the worse of max and rms; above 1 the row fails."""
+        return max(_share(self.error, self.budget), self.rms_ratio)
+
+    @property
+    def passed(self) -> bool:
+        return self.finite and self.ratio <= 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "ratio": self.ratio, "passed": self.passed}
+
+
+def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Row:
+    """Hold ``ours`` to the rule; all three have one shape, ours and eager one dtype, truth fp64.
+
+    Raises:
+        ValueError: shapes or dtypes differ: a parity test of such results proves nothing.
+    """
+    if not ours.shape == eager.shape == truth.shape:
+        shapes = [list(t.shape) for t in (ours, eager, truth)]
+        raise ValueError(f"{name}: ours, eager and truth must have one shape, got {shapes}")
+    if ours.dtype != eager.dtype or truth.dtype != torch.float64:
+        raise ValueError(
+            f"{name}: ours and eager must have one dtype and truth fp64, got "
+            f"{ours.dtype}, {eager.dtype} and {truth.dtype}"
+        )
+    dtype = str(ours.dtype).removeprefix("torch.")
+    ours64, eager64, truth = (t.detach().double().cpu() for t in (ours, eager, truth))
+    good = eager64.isfinite() & truth.isfinite()
+    same = torch.equal(_kinds(ours64), _kinds(eager64))
+    if not good.any():
+        return Row(name, dtype, 0.0, 0.0, 0.0, 0.0, same)
+    ulp = torch.finfo(ours.dtype).eps * truth[good].abs().max().item()
+    ours_off = torch.where(good, ours64 - truth, 0.0).nan_to_num(torch.inf, torch.inf, torch.inf)
+    eager_off = torch.where(good, eager64 - truth, 0.0)
+    error, eager_error = ours_off.abs().max().item(), eager_off.abs().max().item()
+    rms, eager_rms = (_rms(off, good) for off in (ours_off, eager_off))
+    rms_ratio = _share(rms, 1.25 * eager_rms + ulp / 4)
+    return Row(name, dtype, error, eager_error, 2 * eager_error + ulp, rms_ratio, same)
+
+
+def assert_parity(
+    ours: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    *args: Any,
+    name: str = "parity",
+    **kwargs: Any,
+) -> Row:
+    """Call both on the same arguments, and the reference in fp64, and hold ours to the rule.
+
+    Returns:
+        The row, so that a caller can keep the ratio.
+
+    Raises:
+        AssertionError: the rule is broken; the text gives the errors and the budget.
+    """
+    row = compare(
+        name,
+        ours(*args, **kwargs),
+        reference(*args, **kwargs),
+        reference(*to_double(args), **to_double(kwargs)),
+    )
+    assert row.passed, (
+        f"{name} ({row.dtype}): max error {row.error:.3e}, eager's {row.eager:.3e}, budget "
+        f"{row.budget:.3e}; rms at {row.rms_ratio:.2f} of its budget; NaN and Inf "
+        f"{'as' if row.finite else 'not as'} eager's"
+    )
+    return row
+
+
+def make_inputs(op: str, *sizes: int, dtype: torch.dtype, device: str = "cpu", mean: float = 0.0,
+                batch: int = 2, channels_last: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    """(args, kwargs) of an op at sizes as in :data:`SHAPES`, random affine and shift included.
+
+    ``mean`` moves the values of group_norm off zero, where a careless variance loses its digits.
+    """
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    def image(channels: int, side: int) -> Tensor:
+        x = (randn(batch, channels, side, side) + mean).to(dtype)
+        return x.to(memory_format=torch.channels_last) if channels_last else x
+
+    if op == "group_norm":
+        channels, side = sizes
+        weight, bias, shift = (t.to(dtype) for t in (randn(channels), randn(channels), randn(batch, channels)))  # fmt: skip
+        return (image(channels, side), 32, weight, bias), {"shift": shift, "activation": "silu"}
+    if op == "add_time_embedding":
+        channels, side = sizes
+        return (image(channels, side), randn(batch, channels).to(dtype)), {}
+    if op == "attention":
+        heads, head_dim, queries, keys = sizes
+        shapes = [(batch, length, heads * head_dim) for length in (queries, keys, keys)]
+        return (*(randn(*shape).to(dtype) for shape in shapes), heads), {}
+    raise ValueError(f"op must be one of {', '.join(SHAPES['sd15'])}, got {op!r}")
+
+
+def to_double(value: Any) -> Any:
+    """Every floating-point tensor in nested tuples, lists and dicts as fp64; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_double(item) for item in value)
+    if isinstance(value, dict):
+        return {key: to_double(item) for key, item in value.items()}
+    return value
+
+
+def _share(error: float, budget: float) -> float:
+    if not error:
+        return 0.0
+    return error / budget if budget else float("inf")
+
+
+def _kinds(x: Tensor) -> Tensor:
+    return x.isnan() * 1 + x.isposinf() * 2 + x.isneginf() * 3
+
+
+def _rms(off: Tensor, good: Tensor) -> float:
+    return (off.square().sum() / good.sum()).sqrt().item()

@@ -1,0 +1,261 @@
+"""softmax(query key^T * scale) value for every head, without the score matrix in memory.
+
+    p = exp2(s - max(s)),  s = query key^T * scale * log2(e)      out = p value / sum(p)
+
+One program owns BLOCK_M queries of one head of one sample. Contexts of up to 128 keys (77 in Stable
+Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones stream through in tiles of
+BLOCK_N keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022).
+
+A head dim that is no power of two is two tiles rather than one padded up: 40 = 32 + 16 (8 of them
+masked), 80 = 64 + 16, 160 = 128 + 32. The scores are then the sum of two products, and the output is
+two accumulators. Heads are read in place, [B, L, H*D] by stride: no transpose before or after.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.kernels import _checks, _launch
+
+
+@triton.jit
+def _tile(ptr, row, rows, stride, first, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """[row, D] values of one head from column ``first`` on; zero past the last row or column."""
+    column = (first + tl.arange(0, D))[None, :]
+    mask = (row < rows)[:, None] & (column < HEAD_DIM)
+    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + column, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_tile(ptr, row, rows, stride, first, value, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    column = (first + tl.arange(0, D))[None, :]
+    mask = (row < rows)[:, None] & (column < HEAD_DIM)
+    at = ptr + row.to(tl.int64)[:, None] * stride + column
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _one_tile_kernel(
+    out_ptr,  # [B, M, H*D] contiguous
+    query_ptr,  # [B, M, H*D], strides stride_qb, stride_qm, 1
+    key_ptr,  # [B, N, H*D], strides stride_kb, stride_kn, 1
+    value_ptr,  # [B, N, H*D], strides stride_vb, stride_vn, 1
+    scale_log2e,
+    M,
+    N,
+    stride_qb,
+    stride_qm,
+    stride_kb,
+    stride_kn,
+    stride_vb,
+    stride_vn,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D1: tl.constexpr,  # HEAD_DIM = D1 + D2 with the last lanes of D2 masked; D2 may be 0
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # at least N
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(M, BLOCK_M)
+    b, h = (pid // tiles // HEADS).to(tl.int64), pid // tiles % HEADS
+    m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    query_ptr += b * stride_qb + h * HEAD_DIM
+    key_ptr += b * stride_kb + h * HEAD_DIM
+    value_ptr += b * stride_vb + h * HEAD_DIM
+    out_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
+
+    query1 = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D1)
+    key1 = _tile(key_ptr, n, N, stride_kn, 0, HEAD_DIM, D1)
+    scores = tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
+    if D2 > 0:
+        query2 = _tile(query_ptr, m, M, stride_qm, D1, HEAD_DIM, D2)
+        key2 = _tile(key_ptr, n, N, stride_kn, D1, HEAD_DIM, D2)
+        scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)
+    scores = tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))
+    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    total = tl.sum(p, 1)[:, None]
+    p = p.to(query1.dtype)
+
+    value1 = _tile(value_ptr, n, N, stride_vn, 0, HEAD_DIM, D1)
+    out1 = tl.dot(p, value1, input_precision=PRECISION) / total
+    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1, HEAD_DIM, D1)
+    if D2 > 0:
+        value2 = _tile(value_ptr, n, N, stride_vn, D1, HEAD_DIM, D2)
+        out2 = tl.dot(p, value2, input_precision=PRECISION) / total
+        _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2, HEAD_DIM, D2)
+
+
+@triton.jit
+def _streaming_kernel(
+    out_ptr,  # [B, M, H*D] contiguous
+    query_ptr,  # [B, M, H*D], strides stride_qb, stride_qm, 1
+    key_ptr,  # [B, N, H*D], strides stride_kb, stride_kn, 1
+    value_ptr,  # [B, N, H*D], strides stride_vb, stride_vn, 1
+    scale_log2e,
+    M,
+    N,
+    stride_qb,
+    stride_qm,
+    stride_kb,
+    stride_kn,
+    stride_vb,
+    stride_vn,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(M, BLOCK_M)
+    b, h = (pid // tiles // HEADS).to(tl.int64), pid // tiles % HEADS
+    m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_ptr += b * stride_qb + h * HEAD_DIM
+    key_ptr += b * stride_kb + h * HEAD_DIM
+    value_ptr += b * stride_vb + h * HEAD_DIM
+    out_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
+
+    query1 = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D1)
+    out1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    if D2 > 0:
+        query2 = _tile(query_ptr, m, M, stride_qm, D1, HEAD_DIM, D2)
+        out2 = tl.zeros([BLOCK_M, D2], tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        key1 = _tile(key_ptr, n, N, stride_kn, 0, HEAD_DIM, D1)
+        scores = tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
+        if D2 > 0:
+            key2 = _tile(key_ptr, n, N, stride_kn, D1, HEAD_DIM, D2)
+            scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)
+        scores = tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))
+        # Each tile holds at least one key, so the maximum is -inf only where a score is.
+        risen = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.exp2(scores - risen[:, None])
+        shrink = tl.exp2(highest - risen)
+        highest = risen
+        total = total * shrink + tl.sum(p, 1)
+        p = p.to(query1.dtype)
+        value1 = _tile(value_ptr, n, N, stride_vn, 0, HEAD_DIM, D1)
+        out1 = tl.dot(p, value1, out1 * shrink[:, None], input_precision=PRECISION)
+        if D2 > 0:
+            value2 = _tile(value_ptr, n, N, stride_vn, D1, HEAD_DIM, D2)
+            out2 = tl.dot(p, value2, out2 * shrink[:, None], input_precision=PRECISION)
+
+    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1 / total[:, None], HEAD_DIM, D1)
+    if D2 > 0:
+        _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2 / total[:, None], HEAD_DIM, D2)
+
+
+class Tile(NamedTuple):
+    one_tile: bool
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+ONE_TILE_KEYS = 128  # up to here the whole context is one tile
+
+
+def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
+    """Tiles that keep their operands in shared memory and their accumulators in registers."""
+    wide = head_dim > 80
+    if itemsize == 4:  # fp32 products run on the plain cores: small tiles, or the registers spill
+        return Tile(False, 32, 32, num_warps=4, num_stages=1)
+    if keys <= ONE_TILE_KEYS:
+        padded = max(triton.next_power_of_2(keys), 16)
+        return Tile(True, 64 if wide else 128, padded, num_warps=4 if wide else 8, num_stages=1)
+    return Tile(False, 64 if wide else 128, 64, num_warps=4 if wide else 8, num_stages=2)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """(D1, D2), powers of two from 16 up (D2 may be 0) that hold head_dim with few lanes masked."""
+    first = max(1 << (head_dim.bit_length() - 1), 16)
+    if head_dim <= first:
+        return first, 0
+    second = max(triton.next_power_of_2(head_dim - first), 16)
+    return (2 * first, 0) if second == first else (first, second)
+
+
+def fp32_precision() -> str:
+    """fp32 products are fp32, unless PyTorch has been told that TF32 will do for matmuls."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and up, where the older switch may raise
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _launch_attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, *, scale: float | None
+) -> Tensor:
+    batch, queries, width = query.shape
+    out = query.new_empty(query.shape)
+    if out.numel() == 0:
+        return out
+    head_dim = width // heads
+    query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
+    scale = head_dim**-0.5 if scale is None else scale
+    d1, d2 = split_head_dim(head_dim)
+    tile = launch_table(key.shape[1], head_dim, query.element_size())
+    kernel = _one_tile_kernel if tile.one_tile else _streaming_kernel
+    grid = (batch * heads * triton.cdiv(queries, tile.queries),)
+    kernel[grid](
+        out, query, key, value, scale * math.log2(math.e), queries, key.shape[1],
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2,
+        BLOCK_M=tile.queries, BLOCK_N=tile.keys, PRECISION=fp32_precision(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head attention over projected queries, keys and values (Vaswani et al. 2017), computed
+    in tiles (Dao et al. 2022): cross-attention to a text context, and self-attention.
+
+    On "auto", contexts longer than 128 keys go to PyTorch's scaled_dot_product_attention: there it
+    is a vendor's kernel, and no committed measurement shows ours ahead of it.
+
+    Args:
+        query: [B, M, H*D], fp32, fp16 or bf16; any strides, best with the last dim dense.
+        key, value: [B, N, H*D] in query's dtype; likewise.
+        heads: H. The head dim D may be any multiple of 8 up to 256 (else PyTorch's kernel runs).
+        scale: multiplies the scores; None is D**-0.5.
+        backend: "auto", "triton" or "torch"; see docs/architecture.md.
+
+    Returns:
+        [B, M, H*D] in query's dtype, contiguous.
+
+    Raises:
+        ValueError, TypeError: an argument breaks its rule; the text names it, the rule and the value.
+        NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
+    """
+    _checks.attention(query, key, value, heads, scale)
+    head_dim = query.shape[2] // heads
+    unfit = None
+    if head_dim % 8 or head_dim > 256:
+        unfit = f"head dim ({head_dim}) must be a multiple of 8 up to 256"
+    return _launch.run(
+        "attention", _launch_attention, backend, (query, key, value, heads), {"scale": scale},
+        unfit=unfit, vendor=key.shape[1] > ONE_TILE_KEYS,
+    )  # fmt: skip
