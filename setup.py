@@ -1,4 +1,7 @@
-"""Maps the two source folders onto one package: kernels/ is installed as fastunet.kernels."""
+"""Maps the two source folders onto one package: kernels/ is installed as fastunet.kernels.
+
+The link fastunet/kernels, which shows type checkers and editors the same, takes no part in this.
+"""
 
 from setuptools import setup
 

@@ -1,8 +1,8 @@
 """fastunet makes the U-Net of a diffusion model faster, and proves that it computes the same.
 
-    report = fastunet.accelerate(unet)   # in place; the report says what was replaced, and what not
-    fastunet.check(unet, *inputs)        # parity on your own model and inputs, against fp64
-    fastunet.restore(unet)               # as it was
+report = fastunet.accelerate(unet)   # in place; the report says what was replaced, and what not
+fastunet.check(unet, *inputs)        # parity on your own model and inputs, against fp64
+fastunet.restore(unet)               # as it was
 """
 
 from fastunet.accelerate import Report, accelerate, explain, is_accelerated, restore

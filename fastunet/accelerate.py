@@ -5,6 +5,8 @@ calls a fused op. Parameters, state_dict keys, hooks, isinstance, deepcopy and p
 are, and no library's class is changed: two models in one process are independent.
 """
 
+import copy
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +20,33 @@ from fastunet.hosts import Left, Swap
 _MARK = "_fastunet"
 
 
-@dataclass
 class _Plan:
-    """What a replaced module remembers, in one plain attribute."""
+    """What a replaced module remembers, in one plain attribute.
 
-    original: type[nn.Module]
-    partner: nn.Module | None
+    The owner is held weakly: a model is freed as soon as its last user lets go of it.
+    """
+
+    def __init__(self, swap: Swap) -> None:
+        self.original, self.replacement = type(swap.module), swap.replacement
+        self._owner = swap.owner and weakref.ref(swap.owner)
+
+    @property
+    def owner(self) -> nn.Module | None:
+        return self._owner and self._owner()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._owner = state["_owner"] and weakref.ref(state["_owner"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Plan":
+        # The owner's copy; none where the module is copied alone, without its owner.
+        copied = copy.copy(self)
+        owner = memo.get(id(self.owner))
+        copied._owner = owner and weakref.ref(owner)
+        return copied
 
 
 @dataclass(frozen=True)
@@ -70,7 +93,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         raise ValueError(f"strict=True and not every site can be replaced\n{report}")
     for swap in swaps:
         if _MARK not in swap.module.__dict__:
-            swap.module.__dict__[_MARK] = _Plan(type(swap.module), swap.partner)
+            swap.module.__dict__[_MARK] = _Plan(swap)
             swap.module.__class__ = swap.replacement
     return report
 
@@ -81,8 +104,17 @@ def explain(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Take :func:`accelerate` back: every module is of the class that it was."""
-    for module in _marked(model):
+    """Take :func:`accelerate` back: every module is of the class that it was.
+
+    Raises:
+        RuntimeError: a replaced module got another class since (a parametrization, FSDP), which
+            would be lost; nothing was changed.
+    """
+    marked = list(_marked(model))
+    for module in marked:
+        if type(module) is not module.__dict__[_MARK].replacement:
+            raise RuntimeError(f"undo first what made {type(module).__name__} of a replaced module")
+    for module in marked:
         module.__class__ = module.__dict__.pop(_MARK).original
 
 
@@ -92,9 +124,14 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 def partners(model: nn.Module, site: str) -> list[str]:
-    """Names of the modules that finish what a replaced site begins (conv_act after conv_norm_out)."""
-    partner = model.get_submodule(site).__dict__[_MARK].partner
-    return [name for name, module in model.named_modules() if module is partner]
+    """Names of the modules that finish a replaced site (conv_act after conv_norm_out)."""
+    module = model.get_submodule(site)
+    owner = module.__dict__[_MARK].owner
+    if owner is None:
+        return []
+    others = ((name, other) for name, other in model.named_modules() if other is not module)
+    plans = ((name, other.__dict__.get(_MARK)) for name, other in others)
+    return [name for name, plan in plans if plan is not None and plan.owner is owner]
 
 
 def _marked(model: nn.Module) -> Iterator[nn.Module]:

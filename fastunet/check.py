@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunet.accelerate import accelerate, explain, is_accelerated, partners, restore
+from fastunet.accelerate import accelerate, explain, partners, restore
 from fastunet.testing import Row, compare, to_double
 
 
@@ -42,7 +42,7 @@ class Parity:
 def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
     """Compare every replaced site, and the model as a whole, with PyTorch and with fp64.
 
-    The truth is the model as it was before accelerate(), in fp64 on the same inputs; a site is given
+    The truth is the model as it was before accelerate(), in fp64 on the same inputs; a site gets
     the inputs that it has inside the unaccelerated model. The model is run three times, in copies:
     it is neither changed nor trained. Gradients are not compared.
 
@@ -60,8 +60,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
     if not explain(model).sites:
         raise ValueError(f"model must have a site to replace, {type(model).__name__} has none")
     ours = copy.deepcopy(model).eval()
-    if not is_accelerated(ours):
-        accelerate(ours)
+    accelerate(ours)
     eager = copy.deepcopy(ours)
     restore(eager)
     rows: list[Row] = []
@@ -89,7 +88,7 @@ def _compare_site(
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         exact = [copy.deepcopy(link).double() for link in plain]
-        exact[0]._forward_hooks.clear()
+        exact[0]._forward_hooks.popitem()  # this hook, the last one; the user's stay
         ours, truth = fused[0](*args, **kwargs), exact[0](*to_double(args), **to_double(kwargs))
         for after in range(1, len(plain)):
             output, ours = plain[after](output), fused[after](ours)

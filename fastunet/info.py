@@ -13,7 +13,7 @@ OPS = ("group_norm", "attention", "add_time_embedding")
 
 @dataclass(frozen=True)
 class Info:
-    """``versions`` by package (None: not installed), ``device``, ``backends``: op -> (name, why)."""
+    """``versions`` by package (None: missing), ``device``, ``backends``: op -> (name, why)."""
 
     versions: dict[str, str | None]
     device: str

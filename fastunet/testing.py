@@ -21,7 +21,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # What Stable Diffusion 1.5 (512 x 512) and SDXL (1024 x 1024) ask of each op, batch left out.
-# group_norm: (channels, side), 32 groups; 10, 20, 30, 40, 60, 80 channels a group, never a power of 2.
+# group_norm: (channels, side) at 32 groups, so 10, 20, 30, 40, 60 or 80 channels a group.
 # attention: (heads, head dim, query tokens, key tokens); add_time_embedding: (channels, side).
 SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "sd15": {
@@ -131,8 +131,15 @@ def assert_parity(
     return row
 
 
-def make_inputs(op: str, *sizes: int, dtype: torch.dtype, device: str = "cpu", mean: float = 0.0,
-                batch: int = 2, channels_last: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+def make_inputs(
+    op: str,
+    *sizes: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    mean: float = 0.0,
+    batch: int = 2,
+    channels_last: bool = False,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of an op at sizes as in :data:`SHAPES`, random affine and shift included.
 
     ``mean`` moves the values of group_norm off zero, where a careless variance loses its digits.
@@ -147,8 +154,11 @@ def make_inputs(op: str, *sizes: int, dtype: torch.dtype, device: str = "cpu", m
 
     if op == "group_norm":
         channels, side = sizes
-        weight, bias, shift = (t.to(dtype) for t in (randn(channels), randn(channels), randn(batch, channels)))  # fmt: skip
-        return (image(channels, side), 32, weight, bias), {"shift": shift, "activation": "silu"}
+        weight, bias, *shift = randn(2 + batch, channels).to(dtype)
+        return (image(channels, side), 32, weight, bias), {
+            "shift": torch.stack(shift),
+            "activation": "silu",
+        }
     if op == "add_time_embedding":
         channels, side = sizes
         return (image(channels, side), randn(batch, channels).to(dtype)), {}
@@ -164,7 +174,8 @@ def to_double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
-        return type(value)(to_double(item) for item in value)
+        items = [to_double(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: to_double(item) for key, item in value.items()}
     return value

@@ -30,10 +30,8 @@ def _checked(backend: str, name: str = "backend") -> str:
     return backend
 
 
-_ambient = contextvars.ContextVar(
-    "fastunet_backend",
-    default=_checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND"),
-)
+_initial = _checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND")
+_ambient = contextvars.ContextVar("fastunet_backend", default=_initial)
 _broken: dict[str, str] = {}  # op -> why its kernel does not compile on this machine
 
 
@@ -45,6 +43,11 @@ def use_backend(backend: str) -> Iterator[None]:
         yield
     finally:
         _ambient.reset(token)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a ContextVar
+def _ambient_backend() -> str:
+    return _ambient.get()
 
 
 def run(
@@ -67,11 +70,13 @@ def run(
     kwargs = kwargs or {}
     asked = _checked(backend)
     if asked == "auto":
-        asked = _ambient.get()
+        asked = _ambient_backend()
     eager = getattr(reference, op)
     if asked == "torch":
         return eager(*args, **kwargs)
-    reason = unfit or why_not_triton([t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)])
+    reason = unfit or why_not_triton(
+        [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    )
     if asked == "triton":
         if reason:
             raise NotImplementedError(f"{op} on backend 'triton': {reason}")
@@ -84,7 +89,9 @@ def run(
         if not _is_compile_failure(failure):
             raise
         _broken[op] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
-        text = f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({_broken[op]})"
+        text = (
+            f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({_broken[op]})"
+        )
         warnings.warn(text, RuntimeWarning, stacklevel=3)
         return eager(*args, **kwargs)
 
@@ -97,8 +104,11 @@ def why_not_triton(tensors: list[Tensor]) -> str | None:
         return "its kernel has no backward yet and a gradient is required"
     if torch.compiler.is_compiling():
         return "it is not registered for torch.compile yet, which fuses the reference itself"
-    if not (tensors[0].is_cuda or interpreted()):
-        return f"{tensors[0].device.type} tensors run only in the interpreter (TRITON_INTERPRET=1)"
+    device = tensors[0].device.type
+    if device == "cpu" and not interpreted():
+        return "cpu tensors run only in the interpreter (TRITON_INTERPRET=1)"
+    if device not in ("cpu", "cuda"):
+        return f"its kernels take tensors on a GPU, got {device}"
     return None
 
 
@@ -126,7 +136,7 @@ def backend_of(op: str) -> tuple[str, str]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [N, C, *S] as [N, C, S] with space or channels dense; any other layout is copied to NCHW."""
+    """x [N, C, *S] as [N, C, S] with space or channels dense; other layouts are copied to NCHW."""
     shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     try:
         view = x.view(shape)

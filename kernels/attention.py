@@ -3,12 +3,13 @@
     p = exp2(s - max(s)),  s = query key^T * scale * log2(e)      out = p value / sum(p)
 
 One program owns BLOCK_M queries of one head of one sample. Contexts of up to 128 keys (77 in Stable
-Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones stream through in tiles of
-BLOCK_N keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et al. 2022).
+Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones, and all in fp32, stream
+through in tiles of BLOCK_N keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et
+al. 2022).
 
 A head dim that is no power of two is two tiles rather than one padded up: 40 = 32 + 16 (8 of them
-masked), 80 = 64 + 16, 160 = 128 + 32. The scores are then the sum of two products, and the output is
-two accumulators. Heads are read in place, [B, L, H*D] by stride: no transpose before or after.
+masked), 80 = 64 + 16, 160 = 128 + 32. The scores are then the sum of two products, and the output
+is two accumulators. Heads are read in place, [B, L, H*D] by stride: no transpose before or after.
 """
 
 import math
@@ -170,14 +171,14 @@ ONE_TILE_KEYS = 128  # up to here the whole context is one tile
 
 
 def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
-    """Tiles that keep their operands in shared memory and their accumulators in registers."""
-    wide = head_dim > 80
-    if itemsize == 4:  # fp32 products run on the plain cores: small tiles, or the registers spill
-        return Tile(False, 32, 32, num_warps=4, num_stages=1)
+    """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory."""
+    if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
+        return Tile(False, 32, 32 if head_dim <= 160 else 16, num_warps=8, num_stages=1)
+    queries = 128 if head_dim <= 80 else 64
     if keys <= ONE_TILE_KEYS:
         padded = max(triton.next_power_of_2(keys), 16)
-        return Tile(True, 64 if wide else 128, padded, num_warps=4 if wide else 8, num_stages=1)
-    return Tile(False, 64 if wide else 128, 64, num_warps=4 if wide else 8, num_stages=2)
+        return Tile(True, queries, padded, num_warps=8, num_stages=1)
+    return Tile(False, queries, 64 if head_dim <= 160 else 32, num_warps=8, num_stages=2)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -206,13 +207,13 @@ def _launch_attention(
         return out
     head_dim = width // heads
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
-    scale = head_dim**-0.5 if scale is None else scale
+    scale_log2e = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
     d1, d2 = split_head_dim(head_dim)
     tile = launch_table(key.shape[1], head_dim, query.element_size())
     kernel = _one_tile_kernel if tile.one_tile else _streaming_kernel
     grid = (batch * heads * triton.cdiv(queries, tile.queries),)
     kernel[grid](
-        out, query, key, value, scale * math.log2(math.e), queries, key.shape[1],
+        out, query, key, value, scale_log2e, queries, key.shape[1],
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, PRECISION=fp32_precision(),
@@ -247,7 +248,7 @@ def attention(
         [B, M, H*D] in query's dtype, contiguous.
 
     Raises:
-        ValueError, TypeError: an argument breaks its rule; the text names it, the rule and the value.
+        ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
     _checks.attention(query, key, value, heads, scale)

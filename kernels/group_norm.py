@@ -4,11 +4,11 @@
     y = act((u - mean) / sqrt(var + eps) * weight[c] + bias[c])
 
 One program owns whole groups of one sample (NCHW: one group; NHWC: a block of neighbouring groups,
-so that a row of its tile is one contiguous read) and reads them twice: once for the statistics, once
-to apply them. Each lane of the tile keeps its own running mean and sum of squared deviations
+so that a row of its tile is one contiguous read) and reads them twice: once for the statistics,
+once to apply them. Each lane of the tile keeps its own running mean and sum of squared deviations
 (Welford 1962); the lanes are merged once at the end (Chan et al. 1979). Nothing ever subtracts
-E[x]^2 from E[x^2], and the mean is a guess plus its correction, two fp32 numbers: data far from zero
-cost no digits.
+E[x]^2 from E[x^2], and the mean is a guess plus its correction, two fp32 numbers: data far from
+zero cost no digits.
 """
 
 from typing import NamedTuple
@@ -68,8 +68,10 @@ def _apply(x, guess, scale, bias, SILU: tl.constexpr):
 def _parameter(ptr, offsets, mask, default: tl.constexpr):
     """ptr[offsets] in fp32, or the default where the layer has no such parameter."""
     if ptr is None:
-        return tl.full(offsets.shape, default, tl.float32)
-    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = tl.full(offsets.shape, default, tl.float32)
+    else:
+        value = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -272,7 +274,7 @@ def group_norm(
         [N, C, *S] in x's dtype and in x's layout.
 
     Raises:
-        ValueError, TypeError: an argument breaks its rule; the text names it, the rule and the value.
+        ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
     _checks.group_norm(x, num_groups, weight, bias, eps, shift, activation)

@@ -66,7 +66,7 @@ def timestep_embedding(
 ) -> Tensor:
     """Sinusoidal embedding of the diffusion timestep (Vaswani et al. 2017; Ho et al. 2020).
 
-    Half of the features are cosines and half sines of ``timestep * max_period**(-i / (dim/2 - shift))``.
+    Half of the features are cosines, half sines, of timestep * max_period**(-i / (dim/2 - shift)).
 
     Args:
         timesteps: [N], integers or real numbers, in steps of the schedule.

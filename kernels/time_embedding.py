@@ -45,7 +45,7 @@ def _add_time_embedding_kernel(
 
 
 def launch_table(channels: int, space: int, channels_last: bool) -> tuple[int, int]:
-    """(BLOCK_C, BLOCK_S) of up to 2048 values, long where memory is dense: 16 a thread at 4 warps."""
+    """(BLOCK_C, BLOCK_S) of up to 2048 values, 16 a thread, longest where memory is dense."""
     if channels_last:
         block_c = min(triton.next_power_of_2(channels), 128)
         return block_c, min(triton.next_power_of_2(space), 2048 // block_c)
@@ -70,7 +70,7 @@ def _launch_add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
 
 
 def add_time_embedding(x: Tensor, emb: Tensor, *, backend: str = "auto") -> Tensor:
-    """x + emb[:, :, None, None]: the time embedding's addition in a residual block (Ho et al. 2020).
+    """x + emb[:, :, None, None]: the time embedding enters a residual block (Ho et al. 2020).
 
     Args:
         x: [N, C, *S], fp32, fp16 or bf16, NCHW or NHWC (channels_last) in memory; any other
@@ -82,7 +82,7 @@ def add_time_embedding(x: Tensor, emb: Tensor, *, backend: str = "auto") -> Tens
         [N, C, *S] in x's dtype and in x's layout.
 
     Raises:
-        ValueError, TypeError: an argument breaks its rule; the text names it, the rule and the value.
+        ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
     _checks.add_time_embedding(x, emb)

@@ -19,7 +19,7 @@ class Swap:
     module: nn.Module
     replacement: type[nn.Module]
     ops: tuple[str, ...]
-    partner: nn.Module | None = None  # another module that the replacement's forward needs to see
+    owner: nn.Module | None = None  # what calls it, where the replacement's forward has to see that
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Sites that every host of Stable Diffusion's U-Net has in the same shape."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,28 +16,33 @@ RESNET_OPS = ("group_norm_silu", "group_norm_silu", "time_embedding")
 
 
 class HeadNorm(nn.GroupNorm):
-    """``conv_norm_out`` that computes ``conv_act`` too, as long as nobody listens in between."""
+    """``conv_norm_out`` that computes ``conv_act`` too, as long as nothing stands in between."""
 
     def forward(self, input: Tensor) -> Tensor:
-        activation = "silu" if head_is_fused(self, self._fastunet.partner) else None
-        return fused_norm(self, input, None, activation)
+        return fused_norm(self, input, None, "silu" if head_is_fused(self) else None)
 
 
 class HeadActivation(nn.SiLU):
-    """``conv_act`` after a :class:`HeadNorm`: its work is done, unless somebody listens."""
+    """``conv_act`` after a :class:`HeadNorm`: its work is done, unless something stands between."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if head_is_fused(self._fastunet.partner, self):
-            return input
-        return super().forward(input)
+        return input if head_is_fused(self) else super().forward(input)
 
 
-def head_is_fused(norm: nn.Module, activation: nn.Module) -> bool:
-    """Asked by both, at each call, so that both always agree."""
-    return is_plain(norm, HeadNorm) and is_plain(activation, HeadActivation)
+def head_is_fused(module: Any) -> bool:
+    """Asked by norm and activation, at each call, so that both always agree.
+
+    Both have to be what their U-Net calls now: neither wrapped, nor replaced, nor copied alone.
+    """
+    owner = module._fastunet.owner
+    if owner is None:
+        return False
+    norm, activation = owner.conv_norm_out, owner.conv_act
+    plain = is_plain(norm, HeadNorm) and is_plain(activation, HeadActivation)
+    return plain and all(part.__dict__["_fastunet"].owner is owner for part in (norm, activation))
 
 
-def head(name: str, unet: nn.Module) -> Iterator[Swap | Left]:
+def head(name: str, unet: Any) -> Iterator[Swap | Left]:
     """``conv_norm_out`` and ``conv_act``, the last norm of a U-Net."""
     norm, activation = unet.conv_norm_out, unet.conv_act
     site = join(name, "conv_norm_out")
@@ -47,8 +53,8 @@ def head(name: str, unet: nn.Module) -> Iterator[Swap | Left]:
     elif not (_free(norm, nn.GroupNorm, HeadNorm) and _free(activation, nn.SiLU, HeadActivation)):
         yield Left(site, "not_plain", "conv_norm_out or conv_act has hooks or another class")
     else:
-        yield Swap(site, norm, HeadNorm, ("group_norm_silu",), partner=activation)
-        yield Swap(join(name, "conv_act"), activation, HeadActivation, (), partner=norm)
+        yield Swap(site, norm, HeadNorm, ("group_norm_silu",), owner=unet)
+        yield Swap(join(name, "conv_act"), activation, HeadActivation, (), owner=unet)
 
 
 def norm(site: str, module: nn.Module) -> Iterator[Swap | Left]:

@@ -29,7 +29,7 @@ class FusedAttention(Attention):
         attention_mask: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        # A mask, an IP-Adapter, another processor may come after accelerate(): diffusers does those.
+        # A mask, an IP-Adapter or another processor may come later: diffusers computes those.
         fused = attention_mask is None and not cross_attention_kwargs and hidden_states.ndim == 3
         fused = fused and isinstance(encoder_hidden_states, (Tensor, type(None)))
         if fused and why_not(self) is None:

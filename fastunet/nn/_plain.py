@@ -1,10 +1,14 @@
 """When may a fused forward read a child's parameters, instead of calling the child?"""
 
+from typing import TypeGuard, TypeVar
+
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
-def is_plain(child: object, kind: type[nn.Module]) -> bool:
+
+def is_plain(child: object, kind: type[Layer]) -> TypeGuard[Layer]:
     """True if calling ``child`` would do what ``kind.forward`` does and nothing else.
 
     Asked at call time: a hook, a LoRA, an offloaded or a quantised weight that came after the model

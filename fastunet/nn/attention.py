@@ -1,5 +1,7 @@
 """Attention over a text context, and over the image itself."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -35,7 +37,7 @@ class FlashCrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, query_dim), nn.Dropout(0.0)])
 
     @classmethod
-    def from_layer(cls, attention: nn.Module) -> Self:
+    def from_layer(cls, attention: Any) -> Self:
         """Share the projections of an attention layer of diffusers, ldm or fastunet.models.
 
         Raises:
@@ -63,7 +65,7 @@ class FlashCrossAttention(nn.Module):
         return attend(self, x, context)
 
 
-def attend(layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+def attend(layer: Any, x: Tensor, context: Tensor | None) -> Tensor:
     """Call the layer's projections around the fused attention."""
     tokens = x if context is None else context
     query, key, value = layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)
@@ -77,7 +79,7 @@ def attend(layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
     return out
 
 
-def extra_part(attention: nn.Module) -> str | None:
+def extra_part(attention: Any) -> str | None:
     """What the layer computes beside plain attention, as text, or None."""
     for name in EXTRAS:
         if getattr(attention, name, None) is not None:

@@ -47,7 +47,7 @@ class GroupNormSiLU(GroupNorm):
 def normalize(
     norm: nn.Module, x: Tensor, *, shift: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """act(norm(x + shift)): fused where ``norm`` is a plain GroupNorm, around it where it is not."""
+    """act(norm(x + shift)): fused where ``norm`` is a plain GroupNorm, around it elsewhere."""
     if is_plain(norm, nn.GroupNorm) or is_plain(norm, GroupNorm):
         return fused_norm(norm, x, shift, activation)
     if shift is not None:
@@ -56,11 +56,14 @@ def normalize(
     return F.silu(x) if activation == "silu" else x
 
 
-def fused_norm(norm: nn.Module, x: Tensor, shift: Tensor | None, activation: str | None) -> Tensor:
+def fused_norm(
+    norm: nn.GroupNorm, x: Tensor, shift: Tensor | None, activation: str | None
+) -> Tensor:
     weight, bias = norm.weight, norm.bias
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         # Autocast runs group_norm in fp32 on a GPU, and so does what replaces it.
-        x, weight, bias, shift = (t if t is None else t.float() for t in (x, weight, bias, shift))
+        x = x.float()
+        weight, bias, shift = (t if t is None else t.float() for t in (weight, bias, shift))
     return kernels.group_norm(
         x, norm.num_groups, weight, bias, norm.eps, shift=shift, activation=activation
     )

@@ -1,5 +1,7 @@
 """The residual block of Stable Diffusion's U-Net (He et al. 2016; Ho et al. 2020)."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -10,8 +12,8 @@ from fastunet.nn.group_norm import normalize
 class ResnetBlock(nn.Module):
     """norm, SiLU, convolution; time embedding, norm, SiLU, dropout, convolution; plus the input.
 
-    Both norms take their SiLU in, and the second one the addition of the time embedding: two launches
-    where five or more were. Parameter names are those of diffusers' ResnetBlock2D.
+    Both norms take their SiLU in, and the second one the addition of the time embedding: two
+    launches where five or more were. Parameter names are those of diffusers' ResnetBlock2D.
 
     Args:
         in_channels, out_channels: multiples of ``groups``.
@@ -32,6 +34,8 @@ class ResnetBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if groups < 1:
+            raise ValueError(f"groups ({groups}) must be at least 1")
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups:
                 raise ValueError(f"{name} ({channels}) must be divisible by groups ({groups})")
@@ -47,7 +51,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     @classmethod
-    def from_layer(cls, block: nn.Module) -> Self:
+    def from_layer(cls, block: Any) -> Self:
         """Share the layers of a plain residual block of diffusers or fastunet.models.
 
         Raises:
@@ -71,13 +75,14 @@ class ResnetBlock(nn.Module):
         return residual(self, x, emb)
 
 
-def residual(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+def residual(block: Any, x: Tensor, emb: Tensor) -> Tensor:
     """The block's forward with both norms fused; every other layer is called as it is."""
     silu = is_plain(block.nonlinearity, nn.SiLU)
     activation = "silu" if silu else None
     h = normalize(block.norm1, x, activation=activation)
     h = block.conv1(h if silu else block.nonlinearity(h))
-    shift = block.time_emb_proj(block.nonlinearity(emb))  # [N, C]
+    shift = block.time_emb_proj(block.nonlinearity(emb))  # [N, C], or [1, C] for the whole batch
+    shift = shift.expand(len(h), -1)
     h = normalize(block.norm2, h, shift=shift, activation=activation)
     h = block.conv2(block.dropout(h if silu else block.nonlinearity(h)))
     if block.conv_shortcut is not None:
@@ -85,7 +90,7 @@ def residual(block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
     return x + h
 
 
-def unlike_plain(block: nn.Module) -> tuple[str, str] | None:
+def unlike_plain(block: Any) -> tuple[str, str] | None:
     """(reason code, detail) of what the block does beside :func:`residual`, or None."""
     if not isinstance(block.nonlinearity, nn.SiLU):
         return "activation", f"nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"

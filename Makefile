@@ -1,0 +1,54 @@
+# Every target sets up what it needs; a set-up is repeated only when these files change.
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt# empty: the newest versions that pyproject.toml admits
+SPEC := pyproject.toml setup.py Makefile
+# --no-compile: Python writes bytecode at the first import, of what is imported.
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
+
+.NOTPARALLEL:
+.PHONY: help demo test lint test-triton36 bench clean
+
+help: ## print this list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1\t\2/' | expand -t 20
+
+demo: .venv/.demo ## train and sample a small U-Net with the fused ops; pictures in runs/demo
+	.venv/bin/python -m fastunet demo --out runs/demo
+
+# The `pytest` script, not `python -m pytest`: that would put this folder on sys.path, where
+# kernels/ hides Hugging Face's package of that name. Two processes, because Triton decides at its
+# first import whether kernels are interpreted or compiled.
+test: .venv/.dev ## all tests: kernels in Triton's interpreter, then compiled offline for real GPUs
+	.venv/bin/pytest -n 2
+	TRITON_INTERPRET=0 .venv/bin/pytest tests/offline -n 2
+
+lint: .venv/.dev ## ruff (rules and format) and pyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+test-triton36: .venv-triton36/.dev ## the kernel tests on Triton 3.6, in a venv of its own
+	.venv-triton36/bin/pytest tests/kernels tests/test_interpreter.py -n 2
+	TRITON_INTERPRET=0 .venv-triton36/bin/pytest tests/offline -n 2
+
+bench: .venv/.dev ## time every op against eager PyTorch (figures mean something on a GPU only)
+	.venv/bin/pytest benchmarks --benchmark-only
+
+clean: ## remove both venvs, builds and caches (runs/ stays)
+	rm -rf .venv .venv-triton36 build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: $(SPEC) $(CONSTRAINTS) | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) $(addprefix -c ,$(CONSTRAINTS)) -e ".[demo]"
+	touch $@
+
+.venv/.dev: $(SPEC) $(CONSTRAINTS) | .venv/bin/python
+	.venv/bin/python $(PIP_INSTALL) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
+	touch $@ .venv/.demo # dev holds demo
+
+.venv-triton36/.dev: $(SPEC) constraints-triton36.txt
+	$(PYTHON) -m venv .venv-triton36
+	.venv-triton36/bin/python $(PIP_INSTALL) -c constraints-triton36.txt -e . pytest pytest-xdist hypothesis
+	touch $@

@@ -1,0 +1,11 @@
+"""Attention over the text context and over the image, at batch 2."""
+
+import pytest
+
+from fastunet.testing import SHAPES
+
+
+@pytest.mark.parametrize("provider", ["eager", "fastunet"])
+@pytest.mark.parametrize("sizes", SHAPES["sd15"]["attention"], ids=str)
+def bench_attention(sizes, provider, time_op):
+    time_op("attention", provider, sizes)

@@ -1,0 +1,5 @@
+"""python -m fastunet"""
+
+from fastunet.cli import app
+
+app(prog_name="fastunet")

@@ -1,0 +1,61 @@
+"""What every test runs under.
+
+Without a GPU the suite runs as two jobs, since Triton reads TRITON_INTERPRET when a kernel is
+decorated: the interpreter job, which is the default here, and with TRITON_INTERPRET=0 the offline
+job, which compiles kernels and runs nothing (tests/offline). With a GPU one job runs all tests
+natively.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastunet import interpreter
+
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+INTERPRETING = interpreter.active() and importlib.util.find_spec("triton") is not None
+
+if interpreter.active():
+    collect_ignore = ["offline"]
+elif not HAS_GPU:
+    here = Path(__file__).parent
+    collect_ignore = [entry.name for entry in here.iterdir() if entry.name != "offline"]
+
+if INTERPRETING:
+    interpreter.make_faithful()
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same random numbers, alone or in any order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run: "cuda", or "cpu" in the interpreter."""
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def sanitizer():
+    """Check every access of interpreted kernels, and poison torch.empty; natively the latter."""
+    import poison
+    import sanitizers
+
+    with poison.poisoned_empty():
+        if not INTERPRETING:
+            yield
+            return
+        with sanitizers.sanitized():
+            yield

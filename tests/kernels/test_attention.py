@@ -1,0 +1,198 @@
+"""attention against fp64: head dims, context lengths, strides, extremes, bad input."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastunet import kernels
+from fastunet.kernels import reference
+from fastunet.kernels.attention import launch_table, split_head_dim
+from fastunet.testing import DTYPES, SHAPES, assert_parity, make_inputs
+
+triton_attention = partial(kernels.attention, backend="triton")
+
+
+def draw(batch, heads, head_dim, queries, keys, dtype=torch.float32, device="cpu"):
+    sizes = heads, head_dim, queries, keys
+    args, _ = make_inputs("attention", *sizes, dtype=dtype, device=device, batch=batch)
+    return args
+
+
+# 77 keys: one tile, in fp32 three; 130 keys: streamed, with a ragged last tile.
+@pytest.mark.parametrize("keys", [77, 130])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
+def test_parity_at_the_head_dims_of_the_real_models(head_dim, dtype, keys, device):
+    args = draw(2, 2, head_dim, 70, keys, dtype, device)
+    assert_parity(triton_attention, reference.attention, *args)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_parity_at_real_size(model, device):
+    """All shapes on a GPU; in the interpreter the smallest, cross and self, all heads."""
+    shapes = SHAPES[model]["attention"]
+    if device == "cpu":
+        shapes = [(8, 160, 64, 77), (8, 160, 64, 64)] if model == "sd15" else [(20, 64, 32, 77)]
+    for sizes in shapes:
+        args, _ = make_inputs("attention", *sizes, dtype=torch.float16, device=device)
+        assert_parity(triton_attention, reference.attention, *args)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_any_multiple_of_8(head_dim, device):
+    args = draw(1, 2, head_dim, 5, 19, torch.float16, device)
+    assert_parity(triton_attention, reference.attention, *args)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 64, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_context_lengths(keys, dtype, device):
+    args = draw(1, 1, 40, 33, keys, dtype, device)
+    assert_parity(triton_attention, reference.attention, *args)
+
+
+@pytest.mark.parametrize("queries", [1, 15, 64, 127, 128, 129])
+def test_query_lengths(queries, device):
+    args = draw(1, 1, 40, queries, 20, torch.float16, device)
+    assert_parity(triton_attention, reference.attention, *args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strides_of_merged_projections(dtype, device):
+    """Query, key and value as slices of one tensor, and a batch that was expanded."""
+    merged = torch.randn(2, 33, 3 * 80, device=device).to(dtype)
+    query, key, value = merged.chunk(3, dim=-1)
+    assert_parity(triton_attention, reference.attention, query, key, value, 2)
+    one = torch.randn(1, 20, 80, device=device).to(dtype).expand(2, 20, 80)
+    assert_parity(triton_attention, reference.attention, query, one, one, 2)
+    transposed = torch.randn(2, 80, 20, device=device).to(dtype).transpose(1, 2)
+    assert_parity(triton_attention, reference.attention, query, transposed, transposed, 2)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 0.01, -0.3])
+def test_scale(scale, device):
+    args = draw(1, 2, 40, 9, 20, torch.float32, device)
+    assert_parity(triton_attention, reference.attention, *args, scale=scale)
+
+
+@pytest.mark.parametrize("keys", [77, 200])
+@pytest.mark.parametrize("size", [1e2, 1e3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits(sign, size, keys, device):
+    """Scores of 1e5 and more, all of one sign: exp overflows without the maximum taken off."""
+    query, key, value, heads = draw(1, 1, 40, 20, keys, torch.float32, device)
+    query, key = query.abs() * size, key.abs() * size * sign
+    assert_parity(triton_attention, reference.attention, query, key, value, heads)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's word on it, in the interpreter
+@pytest.mark.parametrize("keys", [20, 200])
+def test_nan_stays_in_its_row(keys, device):
+    query, key, value, heads = draw(1, 2, 40, 20, keys, torch.float16, device)
+    query[0, 3, 45] = float("nan")  # head 1
+    nan = triton_attention(query, key, value, heads).isnan()
+    assert nan[0, 3, 40:].all() and nan.sum() == 40
+
+
+def test_identical_values_come_back(device):
+    """Weights sum to one: a constant value is the result, whatever the scores."""
+    query, key, value, heads = draw(1, 2, 64, 9, 77, torch.float32, device)
+    out = triton_attention(query, key, torch.full_like(value, 2.0), heads)
+    torch.testing.assert_close(out, torch.full_like(out, 2.0))
+
+
+def test_auto_leaves_long_contexts_to_the_vendor(device):
+    """No committed measurement shows the streaming kernel ahead of PyTorch's own."""
+    args = draw(1, 2, 40, 140, 140, torch.float16, device)
+    assert torch.equal(kernels.attention(*args), reference.attention(*args))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 2, 40, 5, 77), (2, 2, 40, 0, 77), (0, 2, 40, 5, 0)],
+    ids=["batch", "queries", "all"],
+)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_empty_input_gives_an_empty_result(sizes, backend, device):
+    args = draw(*sizes, device=device)
+    out = kernels.attention(*args, backend=backend)
+    assert out.shape == args[0].shape
+
+
+def test_every_run_gives_the_same_bits(device):
+    args = draw(1, 2, 80, 40, 200, torch.float16, device)
+    first = triton_attention(*args)
+    assert all(torch.equal(triton_attention(*args), first) for _ in range(3))
+
+
+def test_samples_further_than_2_to_the_31_apart(device):
+    storage = torch.empty(2**31 + 4096, dtype=torch.float16, device=device)
+    query = storage.as_strided((2, 20, 80), (2**31, 80, 1))
+    query.copy_(torch.randn(2, 20, 80))
+    key, value = torch.randn(2, 2, 17, 80, device=device).half()
+    assert torch.equal(
+        triton_attention(query, key, value, 2), triton_attention(query.clone(), key, value, 2)
+    )
+
+
+QUERY, KEY = torch.randn(2, 5, 80), torch.randn(2, 77, 80)
+BAD_INPUT = [
+    (dict(query=None), TypeError, "query must be a Tensor, got NoneType"),
+    (dict(query=QUERY[0]), ValueError, r"query must have shape \[B, L, H\*D\], got \[5, 80\]"),
+    (dict(key=KEY.long()), TypeError, "key must have a floating-point dtype, got torch.int64"),
+    (dict(heads=0), ValueError, r"heads \(0\) must be at least 1"),
+    (dict(heads=True), TypeError, "heads must be an int, got bool"),
+    (dict(heads=3), ValueError, r"query width \(80\) must be divisible by heads \(3\)"),
+    (dict(key=KEY[:1]), ValueError, r"key batch \(1\) must equal query batch \(2\)"),
+    (dict(value=KEY[..., :64]), ValueError, r"value width \(64\) must equal query width \(80\)"),
+    (dict(value=KEY[:, :76]), ValueError, r"key length \(77\) must equal value length \(76\)"),
+    (dict(key=KEY[:, :0], value=KEY[:, :0]), ValueError, r"key length \(0\) must be at least 1"),
+    (dict(value=KEY.half()), TypeError, r"value dtype \(torch.float16\) must equal query dtype"),
+    (dict(key=KEY.to("meta")), ValueError, r"key device \(meta\) must equal query device \(cpu\)"),
+    (dict(scale=float("inf")), ValueError, r"scale \(inf\) must be finite"),
+]
+
+
+@pytest.mark.parametrize("change, error, text", BAD_INPUT, ids=[row[2][:40] for row in BAD_INPUT])
+def test_bad_input(change, error, text):
+    arguments = dict(query=QUERY, key=KEY, value=KEY, heads=2) | change
+    with pytest.raises(error, match=text):
+        kernels.attention(**arguments)
+    with pytest.raises(error, match=text):
+        reference.attention(**arguments)
+
+
+@pytest.mark.parametrize("head_dim", [12, 264, 512])
+def test_other_head_dims_run_on_pytorch_and_say_so_if_asked(head_dim, device):
+    args = draw(1, 1, head_dim, 4, 5, device=device)
+    assert torch.equal(kernels.attention(*args), reference.attention(*args))
+    with pytest.raises(NotImplementedError, match=rf"head dim \({head_dim}\) must be a multiple"):
+        triton_attention(*args)
+
+
+def test_reference_is_the_layers_it_replaces():
+    query, key, value = (t.view(2, -1, 2, 40).transpose(1, 2) for t in (QUERY, KEY, KEY))
+    expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(2, 5, 80)
+    assert torch.equal(reference.attention(QUERY, KEY, KEY, 2), expected)
+
+
+def test_head_dims_split_into_powers_of_two_with_few_lanes_idle():
+    for head_dim in range(8, 257, 8):
+        first, second = split_head_dim(head_dim)
+        assert first + second >= head_dim and first >= 16
+        assert all(d & (d - 1) == 0 for d in (first, second))
+        assert second == 0 or second < first and head_dim > first
+        assert first + second - head_dim <= max(8, head_dim // 3)
+    assert [split_head_dim(d) for d in (40, 64, 80, 160)] == [
+        (32, 16),
+        (64, 0),
+        (64, 16),
+        (128, 32),
+    ]
+
+
+def test_launch_table_takes_the_text_in_one_tile():
+    assert launch_table(77, 160, 2).one_tile and launch_table(128, 40, 2).keys == 128
+    assert not launch_table(129, 40, 2).one_tile

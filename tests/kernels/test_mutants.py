@@ -1,0 +1,160 @@
+"""Faults planted in the kernels, each of which the parity rule or a sanitizer must catch.
+
+A mutant is a kernel file with one thing wrong, loaded as a module of its own. The unchanged file
+has to pass the same cases: so a mutant is caught for its fault, not for how it is loaded.
+"""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastunet.kernels
+from fastunet.kernels import reference
+from fastunet.testing import assert_parity, make_inputs
+from sanitizers import Violation
+
+KERNELS = Path(fastunet.kernels.__file__).parent
+CAUGHT = (AssertionError, Violation)
+
+
+def group_norm_cases(device):
+    def randn(*shape):
+        return torch.randn(shape, device=device)
+
+    for dtype in (torch.float32, torch.float16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            # 10 channels a group, two NHWC tiles of 80; off zero; and a variance that eps decides.
+            for spread, mean in ((1, 0), (1, 100), (1e-3, 0)):
+                x = (randn(1, 160, 3, 3) * spread + mean).to(dtype).to(memory_format=layout)
+                weight, bias, shift = (t.to(dtype) for t in (*randn(2, 160), randn(1, 160)))
+                yield (x, 16, weight, bias), {"shift": shift, "activation": "silu"}
+            x = randn(2, 24, 10, 5).to(dtype).to(memory_format=layout)
+            yield (x[:, :12], 3), {}  # strides of slices, along channels and along rows
+            yield (x[:, :, :5], 3), {}
+            large = (8 * randn(1, 48, 64, 64)).to(dtype).to(memory_format=layout)
+            yield (large, 1), {}  # its squares sum to over 65504; many steps a lane
+
+
+def attention_cases(device):
+    for dtype in (torch.float32, torch.float16):
+        for heads, head_dim, queries, keys in ((2, 40, 17, 77), (2, 40, 33, 150), (1, 24, 5, 3)):
+            yield make_inputs(
+                "attention", heads, head_dim, queries, keys, dtype=dtype, device=device
+            )
+    query, key, value, heads = make_inputs(
+        "attention", 1, 40, 9, 150, dtype=torch.float32, device=device
+    )[0]
+    yield (query.abs() * 300, -key.abs() * 300, value, heads), {}  # every score is far below zero
+
+
+def add_time_embedding_cases(device):
+    for channels_last in (False, True):
+        yield make_inputs(
+            "add_time_embedding", 320, 5,
+            dtype=torch.float16, device=device, channels_last=channels_last,
+        )  # fmt: skip
+        x = torch.randn(2, 12, 40, 40, device=device)
+        yield (x[:, ::3], torch.randn(2, 4, device=device)), {}
+
+
+CASES = {
+    "group_norm": ("group_norm", group_norm_cases),
+    "attention": ("attention", attention_cases),
+    "time_embedding": ("add_time_embedding", add_time_embedding_cases),
+}
+
+# file: {what is wrong: [(text, what stands there instead), ...]}; each text stands in the file.
+MUTANTS = {
+    "group_norm": {
+        "variance is E[x^2] - E[x]^2": [
+            ("m2 += delta * (x - mean)", "m2 += tl.where(mask, x * x, 0.0)"),
+            ("tl.sum(m2 + count * deviation * deviation) / size", "tl.sum(m2) / size - guess * guess"),
+        ],
+        "variance is not centred": [("m2 += delta * (x - mean)", "m2 += delta * delta")],
+        "spread between lanes forgotten": [("m2 + count * deviation * deviation, 0", "m2, 0")],
+        "mean without its correction": [
+            ("guess = tl.sum(mean * count) / size", "guess = tl.sum(mean * count) / size * 1.0001"),
+            ("- correction * scale", ""),
+        ],
+        "statistics in fp16": [("m2 += delta * (x - mean)", "m2 += (delta * (x - mean)).to(tl.float16)")],
+        "scale missing": [("_parameter(weight_ptr, c, c < C, 1.0)", "tl.full([BLOCK_C], 1.0, tl.float32)")],
+        "bias missing, NHWC": [("_parameter(bias_ptr, c, mask_c, 0.0)", "0.0")],
+        "wrong eps": [("variance + eps", "variance + 1e-6")],
+        "eps outside the root": [("tl.rsqrt(variance + eps)", "1 / (tl.sqrt(variance) + eps)")],
+        "shift not in the statistics": [("other=0.0).to(tl.float32) + shift\n            count", "other=0.0).to(tl.float32)\n            count")],
+        "shift not in the result": [("other=0.0).to(tl.float32) + shift\n            y =", "other=0.0).to(tl.float32)\n            y =")],
+        "no SiLU": [("z = z * tl.sigmoid(z)", "z = z")],
+        "mask to the end of the tensor": [("(lane_c < TILE_C) & (c < C)", "c < C")],
+        "tail of space counted": [("count += (s < S).to(tl.float32)", "count += 1.0")],
+        "tail of space not masked": [("mask=s < S", "mask=s < S + 1")],
+        "lanes past the last channel counted": [("count * mask_c[None, :].to(tl.float32)", "count")],
+        "groups one channel off": [("group = lane_c // GROUP_C", "group = (lane_c + 1) // GROUP_C")],
+        "input's stride for the output": [("c.to(tl.int64)[:, None] * stride_yc", "c.to(tl.int64)[:, None] * stride_xc")],
+        "input's stride for the output, NHWC": [("s.to(tl.int64) * stride_ys", "s.to(tl.int64) * stride_xs")],
+    },
+    "attention": {
+        "keys not masked": [('tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))', "scores * scale_log2e")],
+        "natural exponent with a base-2 scale": [("tl.exp2(scores", "tl.exp(scores")],
+        "sum not rescaled": [("total * shrink", "total")],
+        "output not rescaled": [("out1 * shrink[:, None]", "out1")],
+        "second part of the head dim forgotten": [("scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)", "pass")],
+        "head dim not masked": [("(column < HEAD_DIM)", "(column < HEAD_DIM + 8)")],
+        "rows not masked": [("(row < rows)[:, None] &", "")],
+        "maximum starts at zero": [('highest = tl.full([BLOCK_M], float("-inf"), tl.float32)', "highest = tl.zeros([BLOCK_M], tl.float32)")],
+        "TF32 for fp32": [('"tf32" if matmul.fp32_precision == "tf32" else "ieee"', '"tf32"')],
+        "first head's queries": [("query_ptr += b * stride_qb + h * HEAD_DIM", "query_ptr += b * stride_qb")],
+        "key's stride for the value": [("_tile(value_ptr, n, N, stride_vn", "_tile(value_ptr, n, N, stride_kn + 1")],
+        "weights not normalised": [("/ total[:, None]", ""), ("/ total\n", "\n")],
+    },
+    "time_embedding": {
+        "next channel's embedding": [("emb_ptr + n * C + c", "emb_ptr + n * C + (c + 1) % C")],
+        "first sample's embedding": [("emb_ptr + n * C + c", "emb_ptr + c")],
+        "space not masked": [("mask = (c < C) & (s < S)", "mask = (c < C) & (s < S + 1)")],
+        "tiles in the other order": [("pid // tiles_s % tiles_c", "pid % tiles_c")],
+        "added in the dtype of the input": [("(x + emb).to(y_ptr.dtype.element_ty)", "x.to(y_ptr.dtype.element_ty) + emb.to(tl.float8e5).to(y_ptr.dtype.element_ty)")],
+    },
+}  # fmt: skip
+
+
+def load(path, source):
+    """The module that ``source`` makes; on disk, because Triton reads a kernel's text from there."""
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check(kernel_file, module, device):
+    op, cases = CASES[kernel_file]
+    for args, kwargs in cases(device):
+        ours = getattr(module, op)
+        eager = getattr(reference, op)
+        assert_parity(
+            lambda *a, f=ours, **k: f(*a, backend="triton", **k),
+            lambda x, *a, f=eager, **k: f(x.contiguous(), *a, **k),
+            *args,
+            **kwargs,
+        )
+
+
+@pytest.mark.parametrize("kernel_file", CASES)
+def test_the_unchanged_kernel_passes(kernel_file, tmp_path, device):
+    source = (KERNELS / f"{kernel_file}.py").read_text()
+    check(kernel_file, load(tmp_path / "unchanged.py", source), device)
+
+
+@pytest.mark.parametrize(
+    "kernel_file, fault", [(name, fault) for name, faults in MUTANTS.items() for fault in faults]
+)
+def test_a_planted_fault_is_caught(kernel_file, fault, tmp_path, device):
+    source = (KERNELS / f"{kernel_file}.py").read_text()
+    for text, instead in MUTANTS[kernel_file][fault]:
+        assert text in source, f"the kernel no longer has {text!r}: update the mutant"
+        source = source.replace(text, instead)
+    module = load(tmp_path / (re.sub(r"\W+", "_", fault) + ".py"), source)
+    with pytest.raises(CAUGHT):
+        check(kernel_file, module, device)

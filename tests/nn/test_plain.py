@@ -1,0 +1,86 @@
+"""is_plain: when a fused forward may read a child's parameters instead of calling the child."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.nn.utils import parametrize
+
+from fastunet.nn._plain import is_plain
+
+
+@pytest.fixture
+def norm():
+    return nn.GroupNorm(2, 8)
+
+
+def test_a_layer_is_plain_of_its_own_class_only(norm):
+    assert is_plain(norm, nn.GroupNorm)
+    assert is_plain(nn.GroupNorm(2, 8, affine=False), nn.GroupNorm)
+    assert is_plain(nn.SiLU(), nn.SiLU)
+    assert not is_plain(norm, nn.Module) and not is_plain(norm, nn.SiLU)
+    assert not is_plain(None, nn.GroupNorm) and not is_plain(torch.relu, nn.SiLU)
+
+
+class OwnNorm(nn.GroupNorm):
+    pass
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def quantised(norm):
+    norm.weight = nn.Parameter(torch.ones(8).as_subclass(OwnTensor))
+
+
+def own_forward(norm):
+    norm.forward = norm.forward
+
+
+CHANGES = {
+    "forward hook": lambda norm: norm.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda norm: norm.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda norm: norm.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda norm: norm.register_full_backward_pre_hook(lambda *_: None),
+    "forward on the instance": own_forward,
+    "subclass": lambda norm: setattr(norm, "__class__", OwnNorm),
+    "tensor subclass": quantised,
+    "parametrized": lambda norm: parametrize.register_parametrization(norm, "bias", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_layer_is_not_plain(norm, change):
+    change(norm)
+    assert not is_plain(norm, nn.GroupNorm)
+
+
+def test_a_hook_that_is_gone_does_not_count(norm):
+    norm.register_forward_hook(lambda *_: None).remove()
+    assert is_plain(norm, nn.GroupNorm)
+
+
+def test_what_does_not_change_the_call_does_not_count(norm):
+    norm.register_state_dict_post_hook(lambda *_: None)
+    norm.note = "text"
+    assert is_plain(norm.half().requires_grad_(False).eval(), nn.GroupNorm)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        hooks.register_module_forward_hook,
+        hooks.register_module_forward_pre_hook,
+        hooks.register_module_full_backward_hook,
+        hooks.register_module_full_backward_pre_hook,
+    ],
+    ids=lambda register: register.__name__,
+)
+def test_a_global_hook_counts(norm, register):
+    hook = register(lambda *_: None)
+    try:
+        assert not is_plain(norm, nn.GroupNorm)
+    finally:
+        hook.remove()
+    assert is_plain(norm, nn.GroupNorm)

@@ -1,0 +1,139 @@
+"""ResnetBlock in the place of a residual block of diffusers or ours."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+import small_unets
+from fastunet.kernels import use_backend
+from fastunet.nn import ResnetBlock
+from fastunet.testing import DTYPES, assert_parity
+
+
+@pytest.fixture(scope="module", params=["diffusers", "fastunet"])
+def unet(request):
+    return small_unets.small(request.param)
+
+
+# Without and with a convolution in the shortcut.
+@pytest.fixture(params=["mid_block.resnets.0", "down_blocks.1.resnets.0"])
+def block(unet, request):
+    return copy.deepcopy(unet.get_submodule(request.param))
+
+
+def draw(block, **options):
+    return torch.randn(2, block.conv1.in_channels, 3, 3, **options), torch.randn(2, 128, **options)
+
+
+def of_dtype(block, x, emb):
+    """The block's result, computed in the dtype of x."""
+    return copy.deepcopy(block).to(x.dtype)(x, emb)
+
+
+def test_it_shares_the_blocks_parameters_and_keys(block):
+    fused = ResnetBlock.from_layer(block.eval())
+    theirs, ours = dict(block.named_parameters()), dict(fused.named_parameters())
+    assert list(ours) == list(theirs) and all(ours[name] is theirs[name] for name in theirs)
+    assert list(fused.state_dict()) == list(block.state_dict())
+    block.load_state_dict(fused.state_dict(), strict=True)
+    assert not fused.training and ResnetBlock.from_layer(block.train()).training
+    assert repr(fused).startswith("ResnetBlock(\n  (norm1): GroupNorm(8, ")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_with_the_block_it_replaces(block, dtype, device):
+    block = block.to(device, dtype)
+    fused = ResnetBlock.from_layer(block)
+    with use_backend("triton"):
+        args = draw(block, device=device, dtype=dtype)
+        assert_parity(fused, lambda x, emb: of_dtype(block, x, emb), *args)
+
+
+@torch.no_grad()
+def test_on_pytorch_the_result_is_eagers_bit_for_bit(block):
+    x, emb = draw(block)
+    with use_backend("torch"):
+        assert torch.equal(ResnetBlock.from_layer(block)(x, emb), block(x, emb))
+        assert torch.equal(ResnetBlock.from_layer(block)(x, emb[:1]), block(x, emb[:1]))
+
+
+def test_it_trains(block):
+    x, emb = draw(block)
+    parameters = list(block.parameters())
+    gradients = [
+        torch.autograd.grad(each(x, emb).square().sum(), parameters)
+        for each in (block, ResnetBlock.from_layer(block))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [(16, 16), (8, 16)])
+def test_its_own_block_is_diffusers(channels):
+    """Built by itself it takes the weights of diffusers' block of these sizes."""
+    theirs = ResnetBlock2D(
+        in_channels=channels[0], out_channels=channels[1], temb_channels=12, groups=4, eps=1e-4,
+        dropout=0.5,
+    )  # fmt: skip
+    ours = ResnetBlock(*channels, 12, groups=4, eps=1e-4, dropout=0.5)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x, emb = torch.randn(2, channels[0], 3, 3), torch.randn(2, 12)
+    results = []
+    with use_backend("torch"):
+        for each in (theirs, ours):
+            torch.manual_seed(2)
+            results.append(each.train()(x, emb))
+        assert torch.equal(*results)
+        assert torch.equal(theirs.eval()(x, emb), ours.eval()(x, emb))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_gives_eagers_dtype_and_values(block, dtype, backend, device):
+    x, emb = draw(block.to(device), device=device)
+    with torch.autocast(device, dtype):
+        expected = block(x, emb)
+        with use_backend(backend):
+            found = ResnetBlock.from_layer(block)(x, emb)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_sizes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"in_channels \(6\) must be divisible by groups \(4\)"):
+        ResnetBlock(6, 8, 4, groups=4)
+    with pytest.raises(ValueError, match=r"out_channels \(6\) must be divisible by groups \(4\)"):
+        ResnetBlock(8, 6, 4, groups=4)
+    with pytest.raises(ValueError, match=r"groups \(0\) must be at least 1"):
+        ResnetBlock(8, 8, 4, groups=0)
+
+
+def test_only_residual_blocks_are_taken():
+    with pytest.raises(TypeError, match="block must have norm1, Linear has none"):
+        ResnetBlock.from_layer(nn.Linear(2, 2))
+    block = ResnetBlock2D(in_channels=8, temb_channels=None, groups=4)
+    with pytest.raises(TypeError, match="block must have time_emb_proj, ResnetBlock2D has none"):
+        ResnetBlock.from_layer(block)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"non_linearity": "mish"}, "nonlinearity is Mish, not SiLU"),
+        ({"time_embedding_norm": "scale_shift"}, "time_embedding_norm is 'scale_shift'"),
+        ({"skip_time_act": True}, "projected without its SiLU"),
+        ({"up": True}, "upsample stands between"),
+        ({"down": True}, "downsample stands between"),
+        ({"output_scale_factor": 2.0}, "output_scale_factor is 2.0"),
+    ],
+    ids=str,
+)
+def test_a_block_that_computes_something_else_is_refused(options, named):
+    block = ResnetBlock2D(in_channels=8, temb_channels=4, groups=4, **options)
+    with pytest.raises(ValueError, match=f"block must be plain, got .*{named}"):
+        ResnetBlock.from_layer(block)

@@ -1,0 +1,300 @@
+"""The repaired interpreter computes what a GPU would."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastunet import interpreter
+
+pytest.importorskip("triton")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not interpreter.active(), reason="needs TRITON_INTERPRET=1")
+
+SIZE = 256
+
+
+@triton.jit
+def binary_kernel(x, y, out, OP: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    a = tl.load(x + i)
+    b = tl.load(y + i)
+    if OP == "add":
+        result = a + b
+    elif OP == "sub":
+        result = a - b
+    elif OP == "mul":
+        result = a * b
+    elif OP == "div":
+        result = a / b
+    elif OP == "fma":
+        result = tl.fma(a, b, b)
+    elif OP == "less":
+        result = tl.where(a < b, a, b)
+    elif OP == "both":
+        result = tl.where((a < b) & (b > 0), a, b)
+    elif OP == "maximum":
+        result = tl.maximum(a, b)
+    elif OP == "full":
+        result = a + tl.full((SIZE,), 1.5, a.dtype)
+    tl.store(out + i, result)
+
+
+@triton.jit
+def reduce_kernel(
+    x, out, OP: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    i = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    a = tl.load(x + i)
+    if OP == "sum":
+        result = tl.sum(a, AXIS)
+    elif OP == "max":
+        result = tl.max(a, AXIS)
+    elif OP == "min":
+        result = tl.min(a, AXIS)
+    elif OP == "argmax":
+        result = tl.argmax(a, AXIS)
+    tl.store(out + tl.arange(0, COLS if AXIS == 0 else ROWS), result)
+
+
+@triton.jit
+def sum_all_kernel(x, out, SIZE: tl.constexpr):
+    a = tl.load(x + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
+    tl.store(out, tl.sum(a))
+    tl.store(out + 1 + tl.arange(0, SIZE)[:, None], tl.sum(a, 1, keep_dims=True))
+
+
+@triton.jit
+def dot_kernel(x, y, out, PRECISION: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    a = tl.load(x + i)
+    b = tl.load(y + i)
+    tl.store(out + i, tl.dot(a, b, input_precision=PRECISION))
+
+
+@triton.jit
+def cast_kernel(x, out, ROUNDING: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    a = tl.load(x + i)
+    tl.store(out + i, a.to(out.dtype.element_ty, fp_downcast_rounding=ROUNDING))
+
+
+@triton.jit
+def loop_kernel(x, out, n, SIZE: tl.constexpr):
+    total = tl.zeros((SIZE,), tl.float32)
+    for step in range(n):
+        total += tl.load(x + step * SIZE + tl.arange(0, SIZE))
+    tl.store(out + tl.arange(0, SIZE), total)
+
+
+@triton.jit
+def nan_kernel(x, y, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    a = tl.load(x + i)
+    b = tl.load(y + i)
+    tl.store(out + i, tl.maximum(a, b))
+    tl.store(out + SIZE + i, tl.minimum(a, b))
+    tl.store(out + 2 * SIZE + i, tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(out + 3 * SIZE + i, tl.clamp(a, -1.0, 1.0))
+
+
+def cast(values, dtype, rounding=None):
+    size = 1 << 12
+    padded = torch.zeros(triton.cdiv(len(values), size) * size, dtype=values.dtype)
+    padded[: len(values)] = values
+    out = torch.empty_like(padded, dtype=dtype)
+    cast_kernel[(len(padded) // size,)](padded, out, rounding, size)
+    return out[: len(values)]
+
+
+def interesting_floats():
+    """Every upper half of a float32, with lower halves at and around ties: 65536 * 7 patterns."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF], dtype=np.uint32)
+    return torch.from_numpy((upper[:, None] | lower).reshape(-1).view(np.float32))
+
+
+def assert_same_values(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    numbers = ~expected.isnan()
+    assert torch.equal(ours.signbit()[numbers], expected.signbit()[numbers])
+
+
+def test_bfloat16_rounding_of_every_kind_of_float():
+    values = interesting_floats()
+    assert_same_values(cast(values, torch.bfloat16), values.to(torch.bfloat16))
+
+
+def test_bfloat16_rounding_toward_zero():
+    values = torch.tensor([1.0, 1.0 + 2**-8, 1.0 + 2**-7 - 2**-20, -3.0e-39, torch.nan, torch.inf])
+    bits = cast(values, torch.bfloat16, "rtz").view(torch.int16)
+    assert bits[:4].tolist() == (values[:4].view(torch.int32) >> 16).tolist()
+    assert bits.view(torch.bfloat16)[4].isnan() and bits.view(torch.bfloat16)[5].isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_conversion_from_bfloat16(dtype):
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert_same_values(cast(values, dtype), values.to(dtype))
+
+
+def test_conversion_from_float16():
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    assert_same_values(cast(values, torch.bfloat16), values.to(torch.bfloat16))
+
+
+def test_conversion_from_float64_rounds_once():
+    just_above_tie = 1 + 2**-8 + 2**-40  # float32 would make it the tie, which goes to 1
+    values = [just_above_tie, -just_above_tie, 1e300, -1e-300, 0.1]
+    values = torch.tensor(values, dtype=torch.float64)
+    above_one = 1 + 2**-7
+    expected = torch.tensor([above_one, -above_one, torch.inf, -0.0, 0.1], dtype=torch.bfloat16)
+    assert_same_values(cast(values, torch.bfloat16), expected)
+
+
+def test_conversion_from_integers():
+    values = torch.tensor([0, 1, -7, 257, 2**31 - 1], dtype=torch.int32)
+    assert_same_values(cast(values, torch.bfloat16), values.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("add", lambda a, b: a + b),
+        ("sub", lambda a, b: a - b),
+        ("mul", lambda a, b: a * b),
+        ("div", lambda a, b: a / b),
+        ("fma", lambda a, b: (a.double() * b.double() + b.double()).bfloat16()),
+        ("less", lambda a, b: torch.where(a < b, a, b)),
+        ("both", lambda a, b: torch.where((a < b) & (b > 0), a, b)),
+        ("maximum", torch.maximum),
+        ("full", lambda a, b: a + 1.5),
+    ],
+)
+def test_bfloat16_arithmetic(op, expected):
+    x, y = torch.randn(2, SIZE).bfloat16()
+    out = torch.empty_like(x)
+    binary_kernel[(1,)](x, y, out, op, SIZE)
+    torch.testing.assert_close(out, expected(x, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("op", ["max", "min", "argmax"])
+def test_bfloat16_order_statistics(op, axis):
+    x = torch.randn(16, 64).bfloat16()
+    expected = getattr(x, "a" + op if op != "argmax" else op)(axis)
+    out = torch.empty_like(expected, dtype=torch.int32 if op == "argmax" else torch.bfloat16)
+    reduce_kernel[(1,)](x, out, op, axis, 16, 64)
+    assert torch.equal(out, expected.to(out.dtype))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sum_rounds_after_every_addition(dtype, axis):
+    x = torch.randn(16, 64).to(dtype)
+    expected = x.movedim(axis, 0)
+    while len(expected) > 1:
+        first, second = expected.chunk(2)
+        expected = first + second
+    out = torch.empty_like(expected[0])
+    reduce_kernel[(1,)](x, out, "sum", axis, 16, 64)
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(out.float(), x.float().sum(axis), rtol=0.05, atol=0.1)
+
+
+def test_sum_of_all_and_with_kept_axes():
+    x = torch.randint(-3, 4, (16, 16)).bfloat16()
+    out = torch.empty(17, dtype=torch.bfloat16)
+    sum_all_kernel[(1,)](x, out, 16)
+    assert torch.equal(out, torch.cat([x.sum().reshape(1), x.sum(1)]))
+
+
+def test_bfloat16_dot():
+    x, y = torch.randn(2, 64, 64).bfloat16()
+    out = torch.empty(64, 64)
+    dot_kernel[(1,)](x, y, out, "ieee", 64)
+    torch.testing.assert_close(out, x.float() @ y.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_float32_dot_shows_tf32():
+    x, y = torch.randn(2, 64, 64)
+    exact = x.double() @ y.double()
+    error = {}
+    for precision in ("tf32", "tf32x3", "ieee", None):
+        out = torch.empty(64, 64)
+        dot_kernel[(1,)](x, y, out, precision, 64)
+        error[precision] = (out - exact).abs().max().item()
+    assert error["ieee"] < 2e-5
+    assert error["tf32x3"] == error["ieee"]
+    assert error["tf32"] > 100 * error["ieee"]
+    assert error[None] == error["tf32"], "Triton's default for float32"
+
+
+def test_tf32_keeps_ten_bits_of_mantissa():
+    values = np.array([1 + 2**-10, 1 + 2**-11, -1 - 2**-11, np.inf, 0], dtype=np.float32)
+    expected = np.array([1 + 2**-10, 1, -1, np.inf, 0], dtype=np.float32)
+    assert np.array_equal(interpreter.tf32_from_float(values), expected)
+
+
+def test_maximum_ignores_nan_unless_told():
+    x = torch.tensor([torch.nan, 1.0, torch.nan, -5.0])
+    y = torch.tensor([2.0, torch.nan, torch.nan, 3.0])
+    out = torch.empty(4, 4)
+    nan_kernel[(1,)](x, y, out, 4)
+    expected = torch.stack([torch.fmax(x, y), torch.fmin(x, y), torch.maximum(x, y), x])
+    expected[3] = torch.tensor([-1.0, 1.0, -1.0, -1.0])
+    assert_same_values(out, expected)
+
+
+def test_loop_over_an_argument():
+    x = torch.randn(5, SIZE)
+    out = torch.empty(SIZE)
+    loop_kernel[(1,)](x, out, 5, SIZE)
+    torch.testing.assert_close(out, x.sum(0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_overflow_is_silent():
+    x = torch.full((SIZE,), 3e38)
+    out = torch.empty(SIZE)
+    binary_kernel[(1,)](x, x, out, "add", SIZE)
+    assert out.isinf().all()
+
+
+def test_make_faithful_twice_changes_nothing():
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    before = InterpreterBuilder.binary_op
+    interpreter.make_faithful()
+    assert InterpreterBuilder.binary_op is before
+
+
+@pytest.mark.parametrize("change", ["remove", "reshape"])
+def test_unknown_interpreter_is_refused_by_name(monkeypatch, change):
+    from triton.runtime import interpreter as triton_interpreter
+
+    if change == "remove":
+        monkeypatch.delattr(triton_interpreter.InterpreterBuilder, "create_dot")
+    else:
+        monkeypatch.setattr(triton_interpreter.InterpreterBuilder, "create_dot", lambda self, a: a)
+    with pytest.raises(interpreter.UnsupportedTriton, match=r"InterpreterBuilder\.create_dot"):
+        interpreter._check_seams(triton_interpreter)
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "1", "true", "On", "Y", "no", "2"])
+def test_active_reads_the_variable_as_triton_does(monkeypatch, value):
+    if value is None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreter.active() == triton.knobs.runtime.interpret
+
+
+def test_import_does_not_import_triton():
+    code = "import sys, fastunet.interpreter; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
