@@ -17,7 +17,7 @@ TENSORS = {"kernels"}
 HOSTS = TENSORS | {"nn", "hosts"}
 PASSES = {"accelerate", "check", "checkpoints", "diffusion", "sampling", "testing", "tune"}
 LIBRARY = HOSTS | PASSES | {"models"}
-COMMANDS = LIBRARY | {"demo", "info", "interpreter", "fastunet"}
+COMMANDS = LIBRARY | {"check_ops", "demo", "info", "interpreter", "fastunet"}
 ARROWS: dict[str, set[str]] = {
     "kernels": TENSORS,
     "models": {"models"},
@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "hosts": HOSTS | {"models"},
     **dict.fromkeys(PASSES, LIBRARY),
     "interpreter": TENSORS,
+    "check_ops": COMMANDS,
     "demo": COMMANDS,
     "info": COMMANDS,
     "cli": COMMANDS | {"cli"},

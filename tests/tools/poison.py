@@ -18,6 +18,10 @@ _ALLOCATORS = [
     (torch.Tensor, "new_empty_strided"),
 ]
 
+# torch.device as a context remembers which functions allocate when it is first used: the real ones.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
