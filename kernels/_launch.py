@@ -7,12 +7,12 @@ back: it runs or raises.
 
 import contextlib
 import contextvars
+import functools
 import math
 import os
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -135,6 +135,16 @@ def backend_of(op: str) -> tuple[str, str]:
     return "torch", "no GPU: tensors on the CPU take the PyTorch reference"
 
 
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; 1 in the interpreter, where programs run in turn."""
+    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 1
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def rows(x: Tensor) -> Tensor:
     """x [N, C, *S] as [N, C, S] with space or channels dense; other layouts are copied to NCHW."""
     shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
@@ -176,7 +186,7 @@ def _on_device(
     tensor: Tensor, launcher: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     """Triton launches on the current device: make it the tensor's."""
-    launch = partial(launcher, *args, **kwargs)
+    launch = functools.partial(launcher, *args, **kwargs)
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
             return launch()

@@ -1,67 +1,28 @@
-"""act(group_norm(x + shift)) in one launch, for NCHW and for NHWC tensors, each kept as it is.
+"""act(group_norm(x + shift)) for NCHW and for NHWC tensors, each kept as it is.
 
     u = x + shift[n, c]      mean, var over the channels of a group and all of space
     y = act((u - mean) / sqrt(var + eps) * weight[c] + bias[c])
 
 One program owns whole groups of one sample (NCHW: one group; NHWC: a block of neighbouring groups,
 so that a row of its tile is one contiguous read) and reads them twice: once for the statistics,
-once to apply them. Each lane of the tile keeps its own running mean and sum of squared deviations
-(Welford 1962); the lanes are merged once at the end (Chan et al. 1979). Nothing ever subtracts
-E[x]^2 from E[x^2], and the mean is a guess plus its correction, two fp32 numbers: data far from
-zero cost no digits.
+once to apply them. Where that would be too few programs to fill the GPU, space is cut into slices
+and the work into two launches: the first writes the statistics of each slice, one writer a place;
+in the second every program merges those of its groups and applies them to its slice.
+
+Each lane of a tile keeps its own running mean and sum of squared deviations (Welford 1962); lanes
+and slices are merged once, at the end (Chan et al. 1979). Nothing ever subtracts E[x]^2 from
+E[x^2], and a mean is a guess plus its correction, two fp32 numbers: data far from zero cost no
+digits. There are no atomics: every run gives the same bits.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
-
-
-@triton.jit
-def _update(mean, m2, count, x, mask):
-    """Welford's step in every lane; a masked lane keeps what it has."""
-    delta = tl.where(mask, x - mean, 0.0)
-    mean += delta / tl.maximum(count, 1.0)
-    m2 += delta * (x - mean)
-    return mean, m2
-
-
-@triton.jit
-def _merge(mean, m2, count, size):
-    """Mean over all lanes, as a guess and its correction, and variance: scalars."""
-    guess = tl.sum(mean * count) / size
-    correction = tl.sum((mean - guess) * count) / size
-    deviation = mean - guess - correction
-    return guess, correction, tl.sum(m2 + count * deviation * deviation) / size
-
-
-@triton.jit
-def _merge_by_group(mean, m2, count, size, lane_c, mask_c, GROUP_C: tl.constexpr):
-    """The same for the group that each channel belongs to: [BLOCK_C] each.
-
-    Channels find their group's others in a [BLOCK_C, BLOCK_C] table: sums over it are group sums,
-    back at every channel.
-    """
-    group = lane_c // GROUP_C
-    together = (group[:, None] == group[None, :]) & mask_c[:, None]
-    total = tl.sum(mean * count, 0)
-    guess = tl.sum(tl.where(together, total[:, None], 0.0), 0) / size
-    rest = tl.sum((mean - guess[None, :]) * count, 0)
-    correction = tl.sum(tl.where(together, rest[:, None], 0.0), 0) / size
-    deviation = mean - guess[None, :] - correction[None, :]
-    channel_m2 = tl.sum(m2 + count * deviation * deviation, 0)
-    return guess, correction, tl.sum(tl.where(together, channel_m2[:, None], 0.0), 0) / size
-
-
-@triton.jit
-def _apply(x, guess, scale, bias, SILU: tl.constexpr):
-    z = (x - guess) * scale + bias
-    if SILU:
-        z = z * tl.sigmoid(z)
-    return z
 
 
 @triton.jit
@@ -75,130 +36,156 @@ def _parameter(ptr, offsets, mask, default: tl.constexpr):
 
 
 @triton.jit
-def _group_norm_nchw_kernel(
-    y_ptr,  # [N, C, S], strides stride_yn, stride_yc, 1
-    x_ptr,  # [N, C, S], strides stride_xn, stride_xc, 1
-    weight_ptr,  # [C] or None
-    bias_ptr,  # [C] or None
-    shift_ptr,  # [N, C] contiguous, or None
-    eps,
-    S,
-    stride_yn,
-    stride_yc,
-    stride_xn,
-    stride_xc,
-    C: tl.constexpr,
-    GROUP_C: tl.constexpr,  # channels of a group, a multiple of BLOCK_C
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    SILU: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    n, first_c = (pid // (C // GROUP_C)).to(tl.int64), (pid % (C // GROUP_C)) * GROUP_C
-    lane_c, lane_s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
-
-    mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    count = tl.zeros([1, BLOCK_S], tl.float32)
-    for c0 in range(0, GROUP_C, BLOCK_C):
-        c = first_c + c0 + lane_c
-        shift = _parameter(shift_ptr, n * C + c, c < C, 0.0)[:, None]
-        row = x_ptr + n * stride_xn + c.to(tl.int64)[:, None] * stride_xc
-        for s0 in range(0, S, BLOCK_S):
-            s = (s0 + lane_s)[None, :]
-            x = tl.load(row + s, mask=s < S, other=0.0).to(tl.float32) + shift
-            count += (s < S).to(tl.float32)
-            mean, m2 = _update(mean, m2, count, x, s < S)
-
-    size = tl.cast(S, tl.float32) * GROUP_C
-    guess, correction, variance = _merge(mean, m2, count, size)
-    rstd = tl.rsqrt(variance + eps)
-
-    for c0 in range(0, GROUP_C, BLOCK_C):
-        c = first_c + c0 + lane_c
-        shift = _parameter(shift_ptr, n * C + c, c < C, 0.0)[:, None]
-        scale = _parameter(weight_ptr, c, c < C, 1.0)[:, None] * rstd
-        bias = _parameter(bias_ptr, c, c < C, 0.0)[:, None] - correction * scale
-        row_x = x_ptr + n * stride_xn + c.to(tl.int64)[:, None] * stride_xc
-        row_y = y_ptr + n * stride_yn + c.to(tl.int64)[:, None] * stride_yc
-        for s0 in range(0, S, BLOCK_S):
-            s = (s0 + lane_s)[None, :]
-            x = tl.load(row_x + s, mask=s < S, other=0.0).to(tl.float32) + shift
-            y = _apply(x, guess, scale, bias, SILU)
-            tl.store(row_y + s, y.to(y_ptr.dtype.element_ty), mask=s < S)
+def _by_group(value, member):  # [BLOCK_C] -> [BLOCK_G], sums over each group's channels
+    return tl.sum(tl.where(member, value[:, None], 0.0), 0)
 
 
 @triton.jit
-def _group_norm_nhwc_kernel(
-    y_ptr,  # [N, S, C], strides stride_yn, stride_ys, 1
-    x_ptr,  # [N, S, C], strides stride_xn, stride_xs, 1
+def _by_channel(value, member):  # [BLOCK_G] -> [BLOCK_C, 1], each channel's group
+    return tl.sum(tl.where(member, value[None, :], 0.0), 1)[:, None]
+
+
+@triton.jit
+def _merge_lanes(mean, m2, count, size, member):
+    """(guess, correction, m2) of the groups, [BLOCK_G] each, from lanes [BLOCK_C, BLOCK_S]."""
+    guess = _by_group(tl.sum(mean * count, 1), member) / size
+    rest = mean - _by_channel(guess, member)
+    correction = _by_group(tl.sum(rest * count, 1), member) / size
+    deviation = rest - _by_channel(correction, member)
+    return guess, correction, _by_group(tl.sum(m2 + count * deviation * deviation, 1), member)
+
+
+@triton.jit
+def _merge_slices(guess, correction, m2, count, size):
+    """The same from slices [BLOCK_G, BLOCK_SLICES]."""
+    merged = tl.sum(guess * count, 1) / size
+    rest = guess - merged[:, None] + correction
+    merged_correction = tl.sum(rest * count, 1) / size
+    deviation = rest - merged_correction[:, None]
+    return merged, merged_correction, tl.sum(m2 + count * deviation * deviation, 1)
+
+
+@triton.jit
+def _group_norm_kernel(
+    y_ptr,  # [N, C, S], strides stride_yn, stride_yc, stride_ys
+    x_ptr,  # [N, C, S], strides stride_xn, stride_xc, stride_xs
     weight_ptr,  # [C] or None
     bias_ptr,  # [C] or None
     shift_ptr,  # [N, C] contiguous, or None
+    slices_ptr,  # [N, groups, slices, 3]: guess, correction, m2; None if there is one slice
     eps,
     S,
+    SLICE,  # positions of a slice, a multiple of BLOCK_S
     stride_yn,
+    stride_yc,
     stride_ys,
     stride_xn,
+    stride_xc,
     stride_xs,
     C: tl.constexpr,
     GROUP_C: tl.constexpr,  # channels of a group
-    TILE_C: tl.constexpr,  # channels a program owns: whole groups
-    BLOCK_C: tl.constexpr,  # TILE_C rounded up to a power of two
+    TILE_C: tl.constexpr,  # channels that a program owns: whole groups
+    BLOCK_C: tl.constexpr,  # channels of a step: divides TILE_C, or is TILE_C rounded up
     BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # groups that a program owns, rounded up
+    BLOCK_SLICES: tl.constexpr,  # slices, rounded up: to 16 at least, to compile it less often
+    STATISTICS: tl.constexpr,  # compute them here, or read the slices'
+    APPLY: tl.constexpr,  # write y, or the slice's statistics
     SILU: tl.constexpr,
 ):
     pid = tl.program_id(0)
+    slices = tl.cdiv(S, SLICE)
     tiles = tl.cdiv(C, TILE_C)
-    n, first_c = (pid // tiles).to(tl.int64), (pid % tiles) * TILE_C
-    lane_c, lane_s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
-    c = first_c + lane_c
-    mask_c = (lane_c < TILE_C) & (c < C)
-    shift = _parameter(shift_ptr, n * C + c, mask_c, 0.0)[None, :]
+    n = (pid // slices // tiles).to(tl.int64)
+    first_c = pid // slices % tiles * TILE_C
+    first_s = pid % slices * SLICE
+    last_s = tl.minimum(first_s + SLICE, S)
 
-    mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    m2 = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    count = tl.zeros([BLOCK_S, 1], tl.float32)
-    for s0 in range(0, S, BLOCK_S):
-        s = (s0 + lane_s)[:, None]
-        mask = (s < S) & mask_c[None, :]
-        row = x_ptr + n * stride_xn + s.to(tl.int64) * stride_xs
-        x = tl.load(row + c[None, :], mask=mask, other=0.0).to(tl.float32) + shift
-        count += (s < S).to(tl.float32)
-        mean, m2 = _update(mean, m2, count, x, mask)
+    lane_c, lane_s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)[None, :]
+    lane_g = tl.arange(0, BLOCK_G)
+    owned_c = (lane_c < TILE_C) & (first_c + lane_c < C)
+    member = ((lane_c // GROUP_C)[:, None] == lane_g[None, :]) & owned_c[:, None]
+    x_ptr += n * stride_xn
+    y_ptr += n * stride_yn
 
-    size = tl.cast(S, tl.float32) * GROUP_C
-    count = count * mask_c[None, :].to(tl.float32)  # lanes past the last channel count for nothing
-    if TILE_C == GROUP_C:
-        guess, correction, variance = _merge(mean, m2, count, size)
+    if STATISTICS:
+        mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+        m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+        count = tl.zeros([1, BLOCK_S], tl.float32)
+        for c0 in range(0, TILE_C, BLOCK_C):
+            c = first_c + c0 + lane_c
+            mask_c = (c0 + lane_c < TILE_C) & (c < C)
+            shift = _parameter(shift_ptr, n * C + c, mask_c, 0.0)[:, None]
+            x_row = x_ptr + c.to(tl.int64)[:, None] * stride_xc
+            for s0 in range(first_s, last_s, BLOCK_S):
+                s = s0 + lane_s
+                mask = mask_c[:, None] & (s < last_s)
+                x = tl.load(x_row + s.to(tl.int64) * stride_xs, mask=mask, other=0.0)
+                x = x.to(tl.float32) + shift
+                count += (s < last_s).to(tl.float32)
+                delta = tl.where(mask, x - mean, 0.0)
+                mean += delta / tl.maximum(count, 1.0)
+                m2 += delta * (x - mean)
+        size = (last_s - first_s).to(tl.float32) * GROUP_C
+        guess, correction, m2 = _merge_lanes(mean, m2, count, size, member)
+
+    g = first_c // GROUP_C + lane_g
+    mask_g = (lane_g < TILE_C // GROUP_C) & (g < C // GROUP_C)
+    if not APPLY:
+        slot = slices_ptr + ((n * (C // GROUP_C) + g) * slices + pid % slices) * 3
+        tl.store(slot, guess, mask=mask_g)
+        tl.store(slot + 1, correction, mask=mask_g)
+        tl.store(slot + 2, m2, mask=mask_g)
     else:
-        guess, correction, variance = _merge_by_group(
-            mean, m2, count, size, lane_c, mask_c, GROUP_C
-        )
-        guess = guess[None, :]
-    scale = _parameter(weight_ptr, c, mask_c, 1.0) * tl.rsqrt(variance + eps)
-    bias = _parameter(bias_ptr, c, mask_c, 0.0) - correction * scale
-    for s0 in range(0, S, BLOCK_S):
-        s = (s0 + lane_s)[:, None]
-        mask = (s < S) & mask_c[None, :]
-        row_x = x_ptr + n * stride_xn + s.to(tl.int64) * stride_xs
-        row_y = y_ptr + n * stride_yn + s.to(tl.int64) * stride_ys
-        x = tl.load(row_x + c[None, :], mask=mask, other=0.0).to(tl.float32) + shift
-        y = _apply(x, guess, scale[None, :], bias[None, :], SILU)
-        tl.store(row_y + c[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        if not STATISTICS:
+            i = tl.arange(0, BLOCK_SLICES)[None, :]
+            slot = slices_ptr + ((n * (C // GROUP_C) + g[:, None]) * slices + i) * 3
+            filled = mask_g[:, None] & (i < slices)
+            count = tl.where(i < slices, tl.minimum(S - i * SLICE, SLICE), 0).to(tl.float32)
+            guess, correction, m2 = _merge_slices(
+                tl.load(slot, mask=filled, other=0.0),
+                tl.load(slot + 1, mask=filled, other=0.0),
+                tl.load(slot + 2, mask=filled, other=0.0),
+                count * GROUP_C,
+                tl.cast(S, tl.float32) * GROUP_C,
+            )
+        variance = m2 / (tl.cast(S, tl.float32) * GROUP_C)
+        guess, correction = _by_channel(guess, member), _by_channel(correction, member)
+        rstd = _by_channel(tl.rsqrt(variance + eps), member)
+        for c0 in range(0, TILE_C, BLOCK_C):
+            c = first_c + c0 + lane_c
+            mask_c = (c0 + lane_c < TILE_C) & (c < C)
+            shift = _parameter(shift_ptr, n * C + c, mask_c, 0.0)[:, None]
+            x_row = x_ptr + c.to(tl.int64)[:, None] * stride_xc
+            y_row = y_ptr + c.to(tl.int64)[:, None] * stride_yc
+            scale = _parameter(weight_ptr, c, mask_c, 1.0)[:, None] * rstd
+            bias = _parameter(bias_ptr, c, mask_c, 0.0)[:, None] - correction * scale
+            for s0 in range(first_s, last_s, BLOCK_S):
+                s = s0 + lane_s
+                mask = mask_c[:, None] & (s < last_s)
+                x = tl.load(x_row + s.to(tl.int64) * stride_xs, mask=mask, other=0.0)
+                x = x.to(tl.float32) + shift
+                z = (x - guess) * scale + bias
+                if SILU:
+                    z = z * tl.sigmoid(z)
+                z = z.to(y_ptr.dtype.element_ty)
+                tl.store(y_row + s.to(tl.int64) * stride_ys, z, mask=mask)
 
 
 class Tile(NamedTuple):
-    """What a program owns and what one step of it reads; channels and space are powers of two."""
+    """What a program owns and what one step of it reads; all but groups are powers of two."""
 
     groups: int
     channels: int
     space: int
+    slices: int
     num_warps: int
 
 
-def launch_table(groups: int, group_channels: int, space: int, channels_last: bool) -> Tile:
-    """Tiles of up to 4096 values: 8 warps hold three of them at 16 values a thread, no spill."""
+def launch_table(
+    samples: int, groups: int, group_channels: int, space: int, channels_last: bool, processors: int
+) -> Tile:
+    """Steps of up to 4096 values, 16 a thread; slices where the programs leave processors idle."""
     if channels_last:
         # Whole groups up to 128 channels, so that a row of the tile is one long contiguous read.
         owned = 1
@@ -208,8 +195,16 @@ def launch_table(groups: int, group_channels: int, space: int, channels_last: bo
     else:
         # The largest power of two that divides the group: no lane idles for the channels' sake.
         owned, channels = 1, min(group_channels & -group_channels, 64)
+    programs = samples * triton.cdiv(groups, owned)
     rows = min(triton.next_power_of_2(space), max(4096 // channels, 1))
-    return Tile(owned, channels, rows, num_warps=8 if channels * rows >= 4096 else 4)
+    slices = 1
+    # A second launch costs more than the idle processors where a program has little to read.
+    if programs < processors and owned * group_channels * space > 16384:
+        rows = min(rows, max(2048 // channels, 1))
+        steps = triton.cdiv(space, rows)
+        steps_a_slice = triton.cdiv(steps, triton.cdiv(2 * processors, programs))
+        slices = triton.cdiv(steps, steps_a_slice)
+    return Tile(owned, channels, rows, slices, num_warps=8 if channels * rows >= 4096 else 4)
 
 
 def _launch_group_norm(
@@ -228,21 +223,27 @@ def _launch_group_norm(
         return y
     y_rows = y.view(rows.shape)
     samples, channels, space = rows.shape
-    channels_last = _launch.is_channels_last(rows)
     group_channels = channels // num_groups
-    tile = launch_table(num_groups, group_channels, space, channels_last)
-    inner = 2 if channels_last else 1
-    pointers = y_rows, rows, weight, bias, shift if shift is None else shift.contiguous()
-    strides = y_rows.stride(0), y_rows.stride(inner), rows.stride(0), rows.stride(inner)
-    sizes = {"C": channels, "GROUP_C": group_channels, "SILU": activation == "silu"}
-    blocks = {"BLOCK_C": tile.channels, "BLOCK_S": tile.space, "num_warps": tile.num_warps}
-    if channels_last:
-        grid = (samples * triton.cdiv(num_groups, tile.groups),)
-        sizes["TILE_C"] = tile.groups * group_channels
-        _group_norm_nhwc_kernel[grid](*pointers, eps, space, *strides, **sizes, **blocks)
-    else:
-        grid = (samples * num_groups,)
-        _group_norm_nchw_kernel[grid](*pointers, eps, space, *strides, **sizes, **blocks)
+    channels_last = _launch.is_channels_last(rows)
+    processors = _launch.processors(x)
+    tile = launch_table(samples, num_groups, group_channels, space, channels_last, processors)
+    steps = triton.cdiv(triton.cdiv(space, tile.space), tile.slices)
+    grid = (samples * triton.cdiv(num_groups, tile.groups) * tile.slices,)
+    slices = None
+    if tile.slices > 1:
+        slices = x.new_empty((samples, num_groups, tile.slices, 3), dtype=torch.float32)
+    phases = [(True, True)] if slices is None else [(True, False), (False, True)]
+    for statistics, apply in phases:
+        _group_norm_kernel[grid](
+            y_rows, rows, weight, bias, shift if shift is None else shift.contiguous(), slices,
+            eps, space, steps * tile.space, *y_rows.stride(), *rows.stride(),
+            C=channels, GROUP_C=group_channels, TILE_C=tile.groups * group_channels,
+            BLOCK_C=tile.channels, BLOCK_S=tile.space,
+            BLOCK_G=triton.next_power_of_2(tile.groups),
+            BLOCK_SLICES=1 if statistics else max(triton.next_power_of_2(tile.slices), 16),
+            STATISTICS=statistics, APPLY=apply, SILU=activation == "silu",
+            num_warps=tile.num_warps,
+        )  # fmt: skip
     return y
 
 

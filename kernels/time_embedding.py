@@ -32,12 +32,11 @@ def _add_time_embedding_kernel(
     pid = tl.program_id(0)
     tiles_c, tiles_s = tl.cdiv(C, BLOCK_C), tl.cdiv(S, BLOCK_S)
     n = (pid // (tiles_c * tiles_s)).to(tl.int64)
-    c = (pid // tiles_s % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    c = pid // tiles_s % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     s = (pid % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S))[None, :]
-    mask = (c < C) & (s < S)
-    wide_c, wide_s = c.to(tl.int64), s.to(tl.int64)
-
-    emb = tl.load(emb_ptr + n * C + c, mask=c < C, other=0.0).to(tl.float32)
+    emb = tl.load(emb_ptr + n * C + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
+    mask = (c < C)[:, None] & (s < S)
+    wide_c, wide_s = c.to(tl.int64)[:, None], s.to(tl.int64)
     x_at = x_ptr + n * stride_xn + wide_c * stride_xc + wide_s * stride_xs
     y_at = y_ptr + n * stride_yn + wide_c * stride_yc + wide_s * stride_ys
     x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)

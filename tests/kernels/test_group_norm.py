@@ -233,12 +233,54 @@ def test_reference_is_the_layers_it_replaces():
     assert torch.equal(y, nn.SiLU()(norm(X + shift[:, :, None, None])))
 
 
+@pytest.fixture
+def many_processors(monkeypatch):
+    """As on a GPU that a few programs leave idle: space is cut into slices."""
+    monkeypatch.setattr("fastunet.kernels._launch.processors", lambda tensor: 16)
+
+
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_parity_in_slices(mean, dtype, layout, device):
+    x = torch.randn(1, 80, 47, 43, device=device) + torch.linspace(0, 9, 43, device=device) + mean
+    x = LAYOUTS[layout](x.to(dtype))
+    weight, bias, shift = torch.randn(3, 80, device=device).to(dtype)
+    parts = dict(shift=shift[None], activation="silu")
+    assert_parity(triton_group_norm, eager, x, 4, weight, bias, **parts)
+    assert triton_group_norm(x, 4).stride() == x.stride()
+
+
+@pytest.mark.usefixtures("many_processors")
+def test_slices_give_the_same_bits_on_every_run(device):
+    x = torch.randn(1, 32, 64, 64, device=device).half()
+    first = triton_group_norm(x, 2)
+    assert all(torch.equal(triton_group_norm(x, 2), first) for _ in range(3))
+
+
+@pytest.mark.usefixtures("many_processors")
+def test_a_bad_value_in_one_slice_spoils_its_group_and_no_other(device):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(1, 32, 64, 64, device=device).to(memory_format=layout)
+        x[0, 17, 63, 63] = float("nan")
+        y = triton_group_norm(x, 2)
+        assert y[:, 16:].isnan().all() and not y[:, :16].isnan().any()
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("model", SHAPES)
-def test_launch_table_fits_the_registers(model, channels_last):
+def test_launch_table_fills_the_processors_and_fits_the_registers(model, channels_last):
     for channels, side in SHAPES[model]["group_norm"]:
-        tile = launch_table(32, channels // 32, side * side, channels_last)
-        assert 512 <= tile.channels * tile.space <= 4096
-        assert 32 % tile.groups == 0
-        if not channels_last:
-            assert channels // 32 % tile.channels == 0
+        for samples in (2, 16):
+            group = channels // 32
+            tile = launch_table(samples, 32, group, side * side, channels_last, 132)
+            assert 256 <= tile.channels * tile.space <= 4096
+            assert 32 % tile.groups == 0
+            assert channels_last or group % tile.channels == 0
+            steps = -(-side * side // tile.space)
+            steps_a_slice = -(-steps // tile.slices)
+            assert (tile.slices - 1) * steps_a_slice < steps  # no slice is empty
+            programs = samples * 32 // tile.groups * tile.slices
+            small = tile.groups * group * side * side <= 16384
+            assert programs >= 128 or small or tile.slices == steps

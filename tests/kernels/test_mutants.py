@@ -34,8 +34,12 @@ def group_norm_cases(device):
             x = randn(2, 24, 10, 5).to(dtype).to(memory_format=layout)
             yield (x[:, :12], 3), {}  # strides of slices, along channels and along rows
             yield (x[:, :, :5], 3), {}
-            large = (8 * randn(1, 48, 64, 64)).to(dtype).to(memory_format=layout)
-            yield (large, 1), {}  # its squares sum to over 65504; many steps a lane
+            large = (8 * randn(1, 48, 61, 61)).to(dtype).to(memory_format=layout)
+            ramp = torch.linspace(0, 50, 61, device=device).to(dtype)[:, None]
+            yield (
+                (large + ramp, 1),
+                {},
+            )  # squares sum to over 65504; slices differ, the last is short
 
 
 def attention_cases(device):
@@ -71,29 +75,33 @@ MUTANTS = {
     "group_norm": {
         "variance is E[x^2] - E[x]^2": [
             ("m2 += delta * (x - mean)", "m2 += tl.where(mask, x * x, 0.0)"),
-            ("tl.sum(m2 + count * deviation * deviation) / size", "tl.sum(m2) / size - guess * guess"),
+            ("_by_group(tl.sum(m2 + count * deviation * deviation, 1), member)", "_by_group(tl.sum(m2, 1), member) - size * guess * guess"),
         ],
         "variance is not centred": [("m2 += delta * (x - mean)", "m2 += delta * delta")],
-        "spread between lanes forgotten": [("m2 + count * deviation * deviation, 0", "m2, 0")],
+        "spread between lanes forgotten": [("_by_group(tl.sum(m2 + count * deviation * deviation, 1)", "_by_group(tl.sum(m2, 1)")],
+        "spread between slices forgotten": [("merged_correction, tl.sum(m2 + count * deviation * deviation, 1)", "merged_correction, tl.sum(m2, 1)")],
         "mean without its correction": [
-            ("guess = tl.sum(mean * count) / size", "guess = tl.sum(mean * count) / size * 1.0001"),
+            ("_by_group(tl.sum(mean * count, 1), member) / size", "_by_group(tl.sum(mean * count, 1), member) / size * 1.0001"),
             ("- correction * scale", ""),
         ],
+        "correction of the slices lost": [("rest = guess - merged[:, None] + correction", "rest = guess - merged[:, None]"), ("guess = _by_group(tl.sum(mean * count, 1), member) / size", "guess = _by_group(tl.sum(mean * count, 1), member) / size * 1.0001")],
+        "slices counted alike": [("tl.minimum(S - i * SLICE, SLICE)", "SLICE")],
+        "a slice reads into the next": [("last_s = tl.minimum(first_s + SLICE, S)", "last_s = S")],
+        "slices share a place": [("slices + pid % slices) * 3", "slices) * 3")],
         "statistics in fp16": [("m2 += delta * (x - mean)", "m2 += (delta * (x - mean)).to(tl.float16)")],
-        "scale missing": [("_parameter(weight_ptr, c, c < C, 1.0)", "tl.full([BLOCK_C], 1.0, tl.float32)")],
-        "bias missing, NHWC": [("_parameter(bias_ptr, c, mask_c, 0.0)", "0.0")],
+        "scale missing": [("_parameter(weight_ptr, c, mask_c, 1.0)", "tl.full([BLOCK_C], 1.0, tl.float32)")],
+        "bias missing": [("_parameter(bias_ptr, c, mask_c, 0.0)", "tl.zeros([BLOCK_C], tl.float32)")],
         "wrong eps": [("variance + eps", "variance + 1e-6")],
         "eps outside the root": [("tl.rsqrt(variance + eps)", "1 / (tl.sqrt(variance) + eps)")],
-        "shift not in the statistics": [("other=0.0).to(tl.float32) + shift\n            count", "other=0.0).to(tl.float32)\n            count")],
-        "shift not in the result": [("other=0.0).to(tl.float32) + shift\n            y =", "other=0.0).to(tl.float32)\n            y =")],
+        "shift not in the statistics": [("x = x.to(tl.float32) + shift\n                count", "x = x.to(tl.float32)\n                count")],
+        "shift not in the result": [("x = x.to(tl.float32) + shift\n                z", "x = x.to(tl.float32)\n                z")],
         "no SiLU": [("z = z * tl.sigmoid(z)", "z = z")],
-        "mask to the end of the tensor": [("(lane_c < TILE_C) & (c < C)", "c < C")],
-        "tail of space counted": [("count += (s < S).to(tl.float32)", "count += 1.0")],
-        "tail of space not masked": [("mask=s < S", "mask=s < S + 1")],
-        "lanes past the last channel counted": [("count * mask_c[None, :].to(tl.float32)", "count")],
-        "groups one channel off": [("group = lane_c // GROUP_C", "group = (lane_c + 1) // GROUP_C")],
-        "input's stride for the output": [("c.to(tl.int64)[:, None] * stride_yc", "c.to(tl.int64)[:, None] * stride_xc")],
-        "input's stride for the output, NHWC": [("s.to(tl.int64) * stride_ys", "s.to(tl.int64) * stride_xs")],
+        "mask to the end of the tensor": [("mask_c = (c0 + lane_c < TILE_C) & (c < C)", "mask_c = c < C"), ("(lane_c < TILE_C) & (first_c + lane_c < C)", "first_c + lane_c < C")],
+        "tail of space counted": [("count += (s < last_s).to(tl.float32)", "count += 1.0")],
+        "tail of space not masked": [("(s < last_s)\n                x", "(s < last_s + 1)\n                x")],
+        "groups one channel off": [("(lane_c // GROUP_C)[:, None]", "((lane_c + 1) // GROUP_C)[:, None]")],
+        "input's stride for the output": [("tl.int64)[:, None] * stride_yc", "tl.int64)[:, None] * stride_xc")],
+        "input's stride for the output, NHWC": [("y_row + s.to(tl.int64) * stride_ys", "y_row + s.to(tl.int64) * stride_xs")],
     },
     "attention": {
         "keys not masked": [('tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))', "scores * scale_log2e")],
@@ -112,7 +120,7 @@ MUTANTS = {
     "time_embedding": {
         "next channel's embedding": [("emb_ptr + n * C + c", "emb_ptr + n * C + (c + 1) % C")],
         "first sample's embedding": [("emb_ptr + n * C + c", "emb_ptr + c")],
-        "space not masked": [("mask = (c < C) & (s < S)", "mask = (c < C) & (s < S + 1)")],
+        "space not masked": [("(c < C)[:, None] & (s < S)", "(c < C)[:, None] & (s < S + 1)")],
         "tiles in the other order": [("pid // tiles_s % tiles_c", "pid % tiles_c")],
         "added in the dtype of the input": [("(x + emb).to(y_ptr.dtype.element_ty)", "x.to(y_ptr.dtype.element_ty) + emb.to(tl.float8e5).to(y_ptr.dtype.element_ty)")],
     },
@@ -139,6 +147,12 @@ def check(kernel_file, module, device):
             *args,
             **kwargs,
         )
+
+
+@pytest.fixture(autouse=True)
+def many_processors(monkeypatch):
+    """So that the larger cases are cut into slices, as on a real GPU."""
+    monkeypatch.setattr("fastunet.kernels._launch.processors", lambda tensor: 4)
 
 
 @pytest.mark.parametrize("kernel_file", CASES)
