@@ -51,7 +51,8 @@ class _Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """What was replaced, as {op: count}, and each site that was recognised and left."""
+    """What was replaced, as {op: count}; each site that was recognised and left; and what each
+    replaced site computes, as {name of the module: ops}."""
 
     replaced: dict[str, int]
     left: list[Left]
@@ -84,6 +85,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             one. A model that is already accelerated stays so.
         strict: raise if a site has to be left.
 
+    Returns:
+        What was replaced and what was left, also of an earlier call on the same model.
+
     Raises:
         TypeError: ``model`` is no nn.Module.
         ValueError: ``strict`` and a site is left; the text is the report, and nothing was changed.
@@ -107,13 +111,16 @@ def restore(model: nn.Module) -> None:
     """Take :func:`accelerate` back: every module is of the class that it was.
 
     Raises:
-        RuntimeError: a replaced module got another class since (a parametrization, FSDP), which
-            would be lost; nothing was changed.
+        RuntimeError: a replaced module got another class since (a parametrization, FSDP) or a
+            forward of its own (offloading), which would be lost; nothing was changed.
+        TypeError: ``model`` is no nn.Module.
     """
     marked = list(_marked(model))
     for module in marked:
         if type(module) is not module.__dict__[_MARK].replacement:
             raise RuntimeError(f"undo first what made {type(module).__name__} of a replaced module")
+        if "forward" in module.__dict__:
+            raise RuntimeError(f"undo first what wrapped forward of a {type(module).__name__}")
     for module in marked:
         module.__class__ = module.__dict__.pop(_MARK).original
 

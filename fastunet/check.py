@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ class Parity:
 
     def __str__(self) -> str:
         width = max([len(row.name) for row in self.rows] + [4])
-        head = f"{'':{width}}  {'dtype':8}  {'ours':>9}  {'eager':>9}  {'budget':>9}  {'share':>5}"
-        lines = [head]
+        ran = max([len(row.backend) for row in self.rows] + [3])
+        numbers = f"{'ours':>9}  {'eager':>9}  {'budget':>9}  {'share':>5}"
+        lines = [f"{'':{width}}  {'dtype':8}  {'ran':{ran}}  {numbers}"]
         for row in self.rows:
             verdict = "ok" if row.passed else "FAIL" if row.finite else "FAIL (NaN or Inf)"
             lines.append(
-                f"{row.name:{width}}  {row.dtype:8}  {row.error:9.2e}  {row.eager:9.2e}  "
-                f"{row.budget:9.2e}  {row.ratio:5.2f}  {verdict}"
+                f"{row.name:{width}}  {row.dtype:8}  {row.backend:{ran}}  {row.error:9.2e}  "
+                f"{row.eager:9.2e}  {row.budget:9.2e}  {row.ratio:5.2f}  {verdict}"
             )
         return "\n".join(lines)
 
@@ -44,7 +45,9 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
 
     The truth is the model as it was before accelerate(), in fp64 on the same inputs; a site gets
     the inputs that it has inside the unaccelerated model. The model is run three times, in copies:
-    it is neither changed nor trained. Gradients are not compared.
+    it is neither changed nor trained; the fp64 copy needs two to four times the memory of the
+    weights. Gradients are not compared. On a CPU the kernels run, and are compared, only in
+    Triton's interpreter: the column "ran" tells what did.
 
     Args:
         model: an accelerated model, or one that accelerate() would change: then a copy is.
@@ -75,9 +78,11 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
         for hook in hooks:
             hook.remove()
         truths = _tensors(eager.double()(*to_double(args), **to_double(kwargs)))
-        for index, output in enumerate(_tensors(ours(*args, **kwargs))):
+        outputs, ran = _run([ours], args, kwargs)
+        for index, output in enumerate(outputs):
             name = "output" if len(truths) == 1 else f"output {index}"
-            rows.append(compare(name, output, eager_outputs[index], truths[index]))
+            row = compare(name, output, eager_outputs[index], truths[index])
+            rows.append(replace(row, backend=ran))
     return Parity(rows)
 
 
@@ -89,14 +94,25 @@ def _compare_site(
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         exact = [copy.deepcopy(link).double() for link in plain]
         exact[0]._forward_hooks.popitem()  # this hook, the last one; the user's stay
-        ours, truth = fused[0](*args, **kwargs), exact[0](*to_double(args), **to_double(kwargs))
-        for after in range(1, len(plain)):
-            output, ours = plain[after](output), fused[after](ours)
-            truth = exact[after](truth)
-        tensors = (_tensors(ours), _tensors(output), _tensors(truth))
-        rows.extend(compare(site, *row) for row in zip(*tensors, strict=True))
+        ours, ran = _run(fused, args, kwargs)
+        for link in plain[1:]:
+            output = link(output)
+        truths, _ = _run(exact, to_double(args), to_double(kwargs))
+        for row in zip(ours, _tensors(output), truths, strict=True):
+            rows.append(replace(compare(site, *row), backend=ran))
 
     return hook
+
+
+def _run(chain: list[nn.Module], args: Any, kwargs: Any) -> tuple[list[Tensor], str]:
+    """The tensors that come out of the modules in turn, and the backends that their ops took."""
+    from fastunet.kernels import recording  # here, because it imports Triton
+
+    with recording() as ran:
+        output = chain[0](*args, **kwargs)
+        for link in chain[1:]:
+            output = link(output)
+    return _tensors(output), "+".join(sorted({backend for _, backend in ran}))
 
 
 def _tensors(output: Any) -> list[Tensor]:

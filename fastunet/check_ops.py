@@ -1,8 +1,10 @@
 """Parity of every op, as `fastunet check` prints it."""
 
-import itertools
+from dataclasses import replace
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from fastunet import kernels
 from fastunet.check import Parity
@@ -20,16 +22,22 @@ def check_ops(ops: list[str], dtypes: list[torch.dtype]) -> Parity:
         NotImplementedError: there is neither a GPU nor the interpreter.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
-    for op in ops:
-        sizes = dict.fromkeys(size for model in SHAPES.values() for size in model[op])
-        if device == "cpu":
-            sizes = dict.fromkeys(_shrunk(op, size) for size in sizes)
-        layouts = (False,) if op == "attention" else (False, True)
-        for size, dtype, channels_last in itertools.product(sizes, dtypes, layouts):
-            row = _check_op(op, size, dtype, device, channels_last)
-            rows.append(row)
-    return Parity(rows)
+    cases = [
+        (op, size, dtype, device, channels_last)
+        for op in ops
+        for size in _sizes(op, device)
+        for dtype in dtypes
+        for channels_last in ((False,) if op == "attention" else (False, True))
+    ]
+    stderr = Console(stderr=True)
+    return Parity([_check_op(*case) for case in track(cases, "parity", console=stderr)])
+
+
+def _sizes(op: str, device: str) -> list[tuple[int, ...]]:
+    sizes = [size for model in SHAPES.values() for size in model[op]]
+    if device == "cpu":
+        sizes = [_shrunk(op, size) for size in sizes]
+    return list(dict.fromkeys(sizes))
 
 
 def _check_op(
@@ -42,9 +50,8 @@ def _check_op(
     name = f"{op} {'x'.join(map(str, size))}{layout}"
     # PyTorch's NCHW kernel is the more exact one, so it is the one to be held against.
     plain = (args[0].contiguous(), *args[1:])
-    return compare(
-        name, ours, eager(*plain, **kwargs), eager(*to_double(plain), **to_double(kwargs))
-    )
+    truth = eager(*to_double(plain), **to_double(kwargs))
+    return replace(compare(name, ours, eager(*plain, **kwargs), truth), backend="triton")
 
 
 def _shrunk(op: str, size: tuple[int, ...]) -> tuple[int, ...]:

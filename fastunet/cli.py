@@ -1,5 +1,6 @@
 """The command line: python -m fastunet, also installed as the command fastunet."""
 
+import importlib.util
 import json
 import os
 from enum import Enum
@@ -50,9 +51,13 @@ def check(
 
     At the sizes of SD 1.5 and SDXL on a GPU; smaller, in Triton's interpreter, without one.
     """
-    _interpret_without_gpu()
+    why_not = _interpret_without_gpu()
+    if why_not:
+        typer.echo(f"no kernel can run here: {why_not}", err=True)
+        raise typer.Exit(2)
     from fastunet.check_ops import check_ops
 
+    torch.manual_seed(0)
     ops = [op.value] if op else [name.value for name in Op]
     dtypes = [dtype.value] if dtype else [name.value for name in Dtype]
     parity = check_ops(ops, [getattr(torch, name) for name in dtypes])
@@ -71,16 +76,30 @@ def demo(
     ),
 ) -> None:
     """Train a small U-Net on real digits, accelerate it, prove its parity, sample from it."""
-    _interpret_without_gpu()
+    why_not = _interpret_without_gpu()
+    if why_not:
+        typer.echo(f"PyTorch runs in place of the kernels: {why_not}", err=True)
+    torch.backends.cudnn.allow_tf32 = False  # parity is that of fp32, convolutions included
     from fastunet import demo
 
-    report = demo.main(out, demo.Run(), typer.echo)
+    report = demo.main(out, demo.Run(), kernels="torch" if why_not else "triton", say=typer.echo)
     raise typer.Exit(0 if report["parity"]["passed"] else 1)
 
 
-def _interpret_without_gpu() -> None:
-    """Before anything imports Triton: without a GPU its kernels run in the interpreter."""
+def _interpret_without_gpu() -> str | None:
+    """Before anything imports Triton: without a GPU its kernels run in the interpreter.
+
+    Returns why they can't run at all, or None.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if interpreter.active():
-        interpreter.make_faithful()
+        try:
+            interpreter.make_faithful()
+        except interpreter.UnsupportedTriton as reason:
+            return str(reason)
+    elif not torch.cuda.is_available():
+        return "there is no GPU and TRITON_INTERPRET is off"
+    return None

@@ -6,7 +6,6 @@ the digit goes in letter by letter, through cross-attention, as a prompt does in
 """
 
 import copy
-import importlib.util
 import json
 import statistics
 import time
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastunet.accelerate import accelerate
-from fastunet.check import check
+from fastunet.check import Parity, check
 from fastunet.diffusion import DDIM, NoiseSchedule, noise_prediction_loss, sample
 from fastunet.info import info
 from fastunet.kernels import use_backend
@@ -171,16 +170,18 @@ def _show(axis: Axes, images: Tensor) -> None:
     axis.tick_params(length=0)
 
 
-def main(out: Path, run: Run, say: Callable[[object], None] = print) -> dict[str, Any]:
+def main(
+    out: Path, run: Run, *, kernels: str = "triton", say: Callable[[object], None] = print
+) -> dict[str, Any]:
     """Do it all; write samples.png, trajectory.png and report.json to ``out``, return the report.
 
     On a GPU the accelerated U-Net runs its kernels throughout. Without one they run in Triton's
     interpreter, which computes the same and is slow: it takes the parity check and three samples of
     a few steps; the hundred take the PyTorch reference, as an accelerated model on a CPU does.
+    ``kernels="torch"`` leaves Triton out where it cannot run.
     """
     start = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernels = "triton" if importlib.util.find_spec("triton") else "torch"
     backend = kernels if device == "cuda" else "torch"
     torch.manual_seed(run.seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -202,12 +203,13 @@ def main(out: Path, run: Run, say: Callable[[object], None] = print) -> dict[str
     with use_backend(kernels):
         inputs = torch.randn(2, 1, 8, 8, device=device), torch.tensor([10, 900], device=device)
         parity = check(fast.unet, *inputs, fast.encode(["three", ""]))
-    parity.rows.append(compare(f"all samples ({backend})", accelerated, plain, truth))
+    rows = [*parity.rows, compare(f"all samples ({backend})", accelerated, plain, truth)]
     if kernels != backend:
         few: dict[str, Any] = {"steps": 4, "guidance_scale": 1.0, "progress": False}
         with use_backend(kernels):
             three = [draw(m, list(NAMES[:3]), run, noise[:3], **few) for m in (fast, model, exact)]
-        parity.rows.append(compare(f"3 samples, 4 steps ({kernels})", *three))
+        rows.append(compare(f"3 samples, 4 steps ({kernels})", *three))
+    parity = Parity(rows)
     say(f"{parity}\n")
 
     asked = [NAMES.index(name) for name in names]

@@ -79,6 +79,7 @@ def make_faithful() -> None:
     _repair_scalars(interpreter)
     _silence_numpy(interpreter)
     _patch_once(interpreter)
+    interpreter.__dict__["faithful"] = True  # what fastunet.kernels asks for before it takes bf16
 
 
 # Number formats

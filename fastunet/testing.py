@@ -11,6 +11,7 @@ An ulp is that of the dtype at the largest finite value of the truth. Public: fo
 parties' layers too.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,8 @@ class Row:
     eager: float
     budget: float
     rms_ratio: float  # rms error over its budget
-    finite: bool  # NaN and infinities stand where eager's do
+    finite: bool  # NaN and infinities stand where eager's do, and not everywhere
+    backend: str = ""  # what ran in ours, where that is known
 
     @property
     def ratio(self) -> float:
@@ -92,8 +94,8 @@ def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Row:
     good = eager64.isfinite() & truth.isfinite()
     same = torch.equal(_kinds(ours64), _kinds(eager64))
     if not good.any():
-        return Row(name, dtype, 0.0, 0.0, 0.0, 0.0, same)
-    ulp = torch.finfo(ours.dtype).eps * truth[good].abs().max().item()
+        return Row(name, dtype, 0.0, 0.0, 0.0, 0.0, same and truth.numel() == 0)
+    ulp = _ulp(ours.dtype, truth[good].abs().max().item())
     ours_off = torch.where(good, ours64 - truth, 0.0).nan_to_num(torch.inf, torch.inf, torch.inf)
     eager_off = torch.where(good, eager64 - truth, 0.0)
     error, eager_error = ours_off.abs().max().item(), eager_off.abs().max().item()
@@ -179,6 +181,12 @@ def to_double(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_double(item) for key, item in value.items()}
     return value
+
+
+def _ulp(dtype: torch.dtype, value: float) -> float:
+    """The spacing of the dtype's numbers at ``value``."""
+    information = torch.finfo(dtype)
+    return information.eps * 2.0 ** math.floor(math.log2(max(value, information.tiny)))
 
 
 def _share(error: float, budget: float) -> float:

@@ -12,15 +12,15 @@ if __name__ != "fastunet.kernels":
         "run from another folder, or start Python without the repository root on sys.path"
     )
 
-from fastunet.kernels._launch import backend_of, use_backend, without_triton
+from fastunet.kernels._launch import backend_of, recording, use_backend, without_triton
 from fastunet.kernels.reference import timestep_embedding
 
 try:
     from fastunet.kernels.attention import attention
     from fastunet.kernels.group_norm import group_norm
     from fastunet.kernels.time_embedding import add_time_embedding
-except ModuleNotFoundError as missing:
-    if missing.name is None or missing.name.split(".")[0] != "triton":
+except ImportError as failure:  # Triton is missing, or its library does not load
+    if (failure.name or "").split(".")[0] != "triton":
         raise
     attention = without_triton("attention")
     group_norm = without_triton("group_norm")
@@ -31,6 +31,7 @@ __all__ = [
     "attention",
     "backend_of",
     "group_norm",
+    "recording",
     "timestep_embedding",
     "use_backend",
 ]

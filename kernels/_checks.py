@@ -40,7 +40,7 @@ def group_norm(
         if parameter is not None:
             _matches(name, parameter, x, (channels,))
     if shift is not None:
-        _matches("shift", shift, x, (samples, channels))
+        _matches("shift", shift, x, (samples, channels), narrower=True)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float | None) -> None:
@@ -78,7 +78,7 @@ def add_time_embedding(x: Tensor, emb: Tensor) -> None:
     _floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [N, C, *S], got {list(x.shape)}")
-    _matches("emb", emb, x, tuple(x.shape[:2]))
+    _matches("emb", emb, x, tuple(x.shape[:2]), narrower=True)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float, shift: float) -> None:
@@ -109,12 +109,15 @@ def _floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
 
 
-def _matches(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    """A parameter or embedding may stay in fp32 beside 16-bit activations; else dtypes agree."""
+def _matches(
+    name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], narrower: bool = False
+) -> None:
+    """fp32 may stand beside 16-bit activations; and, where ``narrower``, 16 bits beside fp32."""
     _floating(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in (x.dtype, torch.float32):
+    narrow = narrower and x.dtype == torch.float32 and tensor.element_size() == 2
+    if tensor.dtype not in (x.dtype, torch.float32) and not narrow:
         raise TypeError(f"{name} dtype ({tensor.dtype}) must be x's ({x.dtype}) or torch.float32")
     _same_device(name, tensor, "x", x)
 

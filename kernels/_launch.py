@@ -11,12 +11,15 @@ import functools
 import math
 import os
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastunet.kernels import reference
 
@@ -32,17 +35,29 @@ def _checked(backend: str, name: str = "backend") -> str:
 
 _initial = _checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND")
 _ambient = contextvars.ContextVar("fastunet_backend", default=_initial)
-_broken: dict[str, str] = {}  # op -> why its kernel does not compile on this machine
+_broken: dict[tuple[Any, ...], str] = {}  # (op, device, dtypes and sizes) -> why it can't launch
+_ran: list[tuple[str, str]] | None = None  # (op, backend) of each call, while somebody records
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block, every op called with ``backend="auto"`` runs on this backend instead."""
+    """Within the block and in this thread, ops called with ``backend="auto"`` run on this one."""
     token = _ambient.set(_checked(backend))
     try:
         yield
     finally:
         _ambient.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """A list that fills, within the block, with (op, backend) of every call."""
+    global _ran
+    before, _ran = _ran, []
+    try:
+        yield _ran
+    finally:
+        _ran = before
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace a ContextVar
@@ -71,29 +86,49 @@ def run(
     asked = _checked(backend)
     if asked == "auto":
         asked = _ambient_backend()
-    eager = getattr(reference, op)
     if asked == "torch":
-        return eager(*args, **kwargs)
-    reason = unfit or why_not_triton(
-        [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    )
+        return _eager(op, args, kwargs)
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    reason = unfit or why_not_triton(tensors)
     if asked == "triton":
         if reason:
             raise NotImplementedError(f"{op} on backend 'triton': {reason}")
-        return _on_device(args[0], launcher, args, kwargs)
-    if reason or vendor or op in _broken:
-        return eager(*args, **kwargs)
+        return _launch(op, launcher, args, kwargs)
+    if reason or vendor or (_broken and _case(op, tensors) in _broken):
+        return _eager(op, args, kwargs)
     try:
-        return _on_device(args[0], launcher, args, kwargs)
+        return _launch(op, launcher, args, kwargs)
     except Exception as failure:
         if not _is_compile_failure(failure):
             raise
-        _broken[op] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
-        text = (
-            f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({_broken[op]})"
-        )
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-        return eager(*args, **kwargs)
+        why = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
+        if all(broken[0] != op for broken in _broken):
+            text = f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({why})"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+        _broken[_case(op, tensors)] = why
+        return _eager(op, args, kwargs)
+
+
+def _case(op: str, tensors: list[Tensor]) -> tuple[Any, ...]:
+    return op, tensors[0].device, *((t.dtype, t.shape[1:]) for t in tensors)
+
+
+def _eager(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if _ran is not None:
+        _ran.append((op, "torch"))
+    return getattr(reference, op)(*args, **kwargs)
+
+
+def _launch(
+    op: str, launcher: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    if _ran is not None:
+        _ran.append((op, "triton"))
+    device = args[0].device  # Triton launches on the current device: make it the tensor's
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launcher(*args, **kwargs)
+    return launcher(*args, **kwargs)
 
 
 def why_not_triton(tensors: list[Tensor]) -> str | None:
@@ -104,12 +139,28 @@ def why_not_triton(tensors: list[Tensor]) -> str | None:
         return "its kernel has no backward yet and a gradient is required"
     if torch.compiler.is_compiling():
         return "it is not registered for torch.compile yet, which fuses the reference itself"
+    if any(type(t) not in (Tensor, Parameter) or _is_wrapped(t) for t in tensors):
+        return "its kernels take plain tensors, no subclass and none inside vmap, jvp or a trace"
     device = tensors[0].device.type
     if device == "cpu" and not interpreted():
         return "cpu tensors run only in the interpreter (TRITON_INTERPRET=1)"
     if device not in ("cpu", "cuda"):
         return f"its kernels take tensors on a GPU, got {device}"
+    if device == "cpu" and any(t.dtype == torch.bfloat16 for t in tensors) and not _faithful():
+        return "bf16 in the interpreter is wrong without fastunet.interpreter.make_faithful()"
     return None
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Inside a functorch transform, with a forward-mode tangent, or while TorchScript records."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if functorch.is_functorch_wrapped_tensor(tensor) or torch._C._get_tracing_state() is not None:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _faithful() -> bool:
+    return getattr(sys.modules.get("triton.runtime.interpreter"), "faithful", False)
 
 
 def interpreted() -> bool:
@@ -126,8 +177,9 @@ def backend_of(op: str) -> tuple[str, str]:
         import triton  # noqa: F401
     except ModuleNotFoundError:
         return "torch", "Triton is not installed"
-    if op in _broken:
-        return "torch", f"its kernel does not compile here ({_broken[op]})"
+    broken = [why for case, why in _broken.items() if case[0] == op]
+    if broken:
+        return "torch", f"its kernel does not compile here for some sizes ({broken[0]})"
     if interpreted():
         return "triton", "TRITON_INTERPRET is set: Triton's interpreter on the CPU"
     if torch.cuda.is_available():
@@ -162,8 +214,8 @@ def is_channels_last(rows: Tensor) -> bool:
 
 
 def empty_like_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """An unwritten tensor of x's shape and dtype in the layout of ``rows``, without gaps."""
-    if is_channels_last(rows):
+    """An unwritten tensor like x, channels_last if rows are and PyTorch has such a layout for x."""
+    if is_channels_last(rows) and x.dim() in (4, 5):
         return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
     return x.new_empty(x.shape)
 
@@ -174,23 +226,12 @@ def without_triton(op: str) -> Callable[..., Tensor]:
     def call(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
         asked = _ambient.get() if _checked(backend) == "auto" else backend
         if asked == "triton":
-            raise ModuleNotFoundError(f"{op} on backend 'triton': Triton is not installed")
+            raise NotImplementedError(f"{op} on backend 'triton': Triton is not installed")
         return getattr(reference, op)(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = op
     call.__doc__ = getattr(reference, op).__doc__
     return call
-
-
-def _on_device(
-    tensor: Tensor, launcher: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """Triton launches on the current device: make it the tensor's."""
-    launch = functools.partial(launcher, *args, **kwargs)
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            return launch()
-    return launch()
 
 
 def _is_compile_failure(failure: Exception) -> bool:
@@ -200,4 +241,5 @@ def _is_compile_failure(failure: Exception) -> bool:
 
     kinds = [CompilationError, errors.OutOfResources, subprocess.CalledProcessError]
     kinds += [getattr(errors, name) for name in ("PTXASError",) if hasattr(errors, name)]
-    return isinstance(failure, tuple(kinds)) or "C compiler" in str(failure)
+    texts = ("C compiler", "PassManager::run failed", "libcuda.so cannot found")
+    return isinstance(failure, tuple(kinds)) or any(text in str(failure) for text in texts)

@@ -190,8 +190,10 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (2 * first, 0) if second == first else (first, second)
 
 
-def fp32_precision() -> str:
+def fp32_precision(tensor: Tensor) -> str:
     """fp32 products are fp32, unless PyTorch has been told that TF32 will do for matmuls."""
+    if tensor.dtype != torch.float32 or torch.version.hip:  # most AMD targets have no TF32
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and up, where the older switch may raise
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
@@ -216,7 +218,7 @@ def _launch_attention(
         out, query, key, value, scale_log2e, queries, key.shape[1],
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2,
-        BLOCK_M=tile.queries, BLOCK_N=tile.keys, PRECISION=fp32_precision(),
+        BLOCK_M=tile.queries, BLOCK_N=tile.keys, PRECISION=fp32_precision(query),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

@@ -189,7 +189,7 @@ def launch_table(
     if channels_last:
         # Whole groups up to 128 channels, so that a row of the tile is one long contiguous read.
         owned = 1
-        while owned * 2 <= groups and owned * 2 * group_channels <= 128:
+        while owned * 2 <= min(groups, 16) and owned * 2 * group_channels <= 128:
             owned *= 2
         channels = triton.next_power_of_2(owned * group_channels)
     else:
@@ -202,7 +202,8 @@ def launch_table(
     if programs < processors and owned * group_channels * space > 16384:
         rows = min(rows, max(2048 // channels, 1))
         steps = triton.cdiv(space, rows)
-        steps_a_slice = triton.cdiv(steps, triton.cdiv(2 * processors, programs))
+        most = min(triton.cdiv(2 * processors, programs), 64)  # every program reads all slices
+        steps_a_slice = triton.cdiv(steps, most)
         slices = triton.cdiv(steps, steps_a_slice)
     return Tile(owned, channels, rows, slices, num_warps=8 if channels * rows >= 4096 else 4)
 
@@ -229,14 +230,15 @@ def _launch_group_norm(
     tile = launch_table(samples, num_groups, group_channels, space, channels_last, processors)
     steps = triton.cdiv(triton.cdiv(space, tile.space), tile.slices)
     grid = (samples * triton.cdiv(num_groups, tile.groups) * tile.slices,)
-    slices = None
+    parameters = (p if p is None else p.contiguous() for p in (weight, bias, shift))
+    parameters, slices = tuple(parameters), None
     if tile.slices > 1:
         slices = x.new_empty((samples, num_groups, tile.slices, 3), dtype=torch.float32)
     phases = [(True, True)] if slices is None else [(True, False), (False, True)]
     for statistics, apply in phases:
         _group_norm_kernel[grid](
-            y_rows, rows, weight, bias, shift if shift is None else shift.contiguous(), slices,
-            eps, space, steps * tile.space, *y_rows.stride(), *rows.stride(),
+            y_rows, rows, *parameters, slices, eps, space, steps * tile.space,
+            *y_rows.stride(), *rows.stride(),
             C=channels, GROUP_C=group_channels, TILE_C=tile.groups * group_channels,
             BLOCK_C=tile.channels, BLOCK_S=tile.space,
             BLOCK_G=triton.next_power_of_2(tile.groups),
@@ -259,7 +261,7 @@ def group_norm(
     backend: str = "auto",
 ) -> Tensor:
     """act(group_norm(x + shift)): group normalisation (Wu and He 2018), the addition before it and
-    the SiLU after it in one kernel. Statistics and arithmetic are fp32.
+    the SiLU after it, in one launch or two. Statistics and arithmetic are fp32.
 
     Args:
         x: [N, C, *S], fp32, fp16 or bf16, NCHW or NHWC (channels_last) in memory; any other

@@ -822,3 +822,47 @@ def test_options_set_on_a_replaced_block_take_effect(built):
         each.get_submodule(ATTN2).rescale_output_factor = 3.0
     assert isinstance(model.get_submodule(RESNET), FusedResnetBlock2D)
     assert torch.equal(output(model), output(eager))
+
+
+# Found in review.
+
+
+def test_norms_that_are_called_around_are_reported_as_left(built):
+    model = built("diffusers")
+    model.get_submodule(RESNET).norm1.register_forward_hook(lambda *args: None)
+    report = fastunet.accelerate(model)
+    assert report.sites[RESNET] == ("group_norm_silu", "time_embedding")
+    assert [(row.site, row.reason) for row in report.left] == [(f"{RESNET}.norm1", "not_plain")]
+
+
+def test_restore_refuses_a_module_whose_forward_was_wrapped_since(built):
+    model = built("diffusers")
+    fastunet.accelerate(model)
+    module = model.get_submodule(RESNET)
+    wrapped = module.forward
+    module.forward = lambda *args: wrapped(*args)
+    with pytest.raises(RuntimeError, match="wrapped forward of a FusedResnetBlock2D"):
+        fastunet.restore(model)
+    assert fastunet.is_accelerated(model) and type(module) is FusedResnetBlock2D
+    del module.forward
+    fastunet.restore(model)
+    assert not fastunet.is_accelerated(model)
+
+
+def test_the_head_of_a_subclass_is_left():
+    class Silent(UNet2DConditionModel):
+        """Might call conv_norm_out without conv_act."""
+
+    _, theirs = small_unets.SIZES["sd15"]
+    report = fastunet.accelerate(Silent(**theirs))
+    assert [(row.site, row.reason) for row in report.left] == [("conv_norm_out", "subclass")]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_an_accelerated_model_runs_on_the_meta_device(host):
+    model = small_unets.published(host, "sd15")
+    fastunet.accelerate(model)
+    sample, context = (torch.empty(s, device="meta") for s in ((1, 4, 8, 8), (1, 77, 768)))
+    with torch.no_grad():
+        result = model(sample, torch.empty(1, device="meta"), context)
+    assert getattr(result, "sample", result).shape == (1, 4, 8, 8)

@@ -209,22 +209,31 @@ def test_the_table_is_plain_data(unet):
     loaded = json.loads(json.dumps(parity.to_dict()))
     assert loaded["passed"] is True
     assert loaded["rows"][0].keys() == {
-        "name", "dtype", "error", "eager", "budget", "rms_ratio", "finite", "ratio", "passed",
-    }  # fmt: skip
+        *("name", "dtype", "error", "eager", "budget", "rms_ratio", "finite", "backend"),
+        *("ratio", "passed"),
+    }
 
 
 def test_the_table_can_be_read():
     rows = [
-        Row("conv_norm_out", "float16", 1.5e-3, 1.25e-3, 4e-3, 0.25, True),
-        Row("mid", "float16", 5e-3, 1.25e-3, 4e-3, 0.5, True),
-        Row("output", "float16", 1e-3, 1e-3, 4e-3, 0.5, False),
+        Row("conv_norm_out", "float16", 1.5e-3, 1.25e-3, 4e-3, 0.25, True, "triton"),
+        Row("mid", "float16", 5e-3, 1.25e-3, 4e-3, 0.5, True, "torch"),
+        Row("end", "float16", 1e-3, 1e-3, 4e-3, 0.5, False),
     ]
     assert str(fastunet.Parity(rows)).splitlines() == [
-        "               dtype          ours      eager     budget  share",
-        "conv_norm_out  float16    1.50e-03   1.25e-03   4.00e-03   0.38  ok",
-        "mid            float16    5.00e-03   1.25e-03   4.00e-03   1.25  FAIL",
-        "output         float16    1.00e-03   1.00e-03   4.00e-03   0.50  FAIL (NaN or Inf)",
+        "               dtype     ran          ours      eager     budget  share",
+        "conv_norm_out  float16   triton   1.50e-03   1.25e-03   4.00e-03   0.38  ok",
+        "mid            float16   torch    5.00e-03   1.25e-03   4.00e-03   1.25  FAIL",
+        "end            float16            1.00e-03   1.00e-03   4.00e-03   0.50"
+        "  FAIL (NaN or Inf)",
     ]
+
+
+def test_the_table_tells_what_ran(unet):
+    by_torch = fastunet.check(unet, *ARGS)
+    assert {row.backend for row in by_torch.rows} <= {"torch", "triton"}
+    with use_backend("torch"):
+        assert {row.backend for row in fastunet.check(unet, *ARGS).rows} == {"torch"}
 
 
 def test_no_rows_are_no_proof():

@@ -118,3 +118,19 @@ def test_names_go_in_letter_by_letter():
     position = model.position.weight
     torch.testing.assert_close(three[4] - position[4], seven[1] - position[1])  # an e, both times
     assert not torch.equal(three, none)
+
+
+def test_without_triton_check_says_so_and_the_demo_goes_on(monkeypatch):
+    monkeypatch.setattr("fastunet.cli.importlib.util.find_spec", lambda name: None)
+    result = run("check")
+    assert result.exit_code == 2
+    assert "no kernel can run here: Triton is not installed" in result.stderr
+    ran = []
+
+    def main(out, run, *, kernels, say):
+        ran.append(kernels)
+        return {"parity": {"passed": True}}
+
+    monkeypatch.setattr(demo, "main", main)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert run("demo").exit_code == 0 and ran == ["torch"]

@@ -12,8 +12,6 @@ from fastunet.nn.attention import extra_part
 from fastunet.nn.group_norm import fused_norm
 from fastunet.nn.resnet import unlike_plain
 
-RESNET_OPS = ("group_norm_silu", "group_norm_silu", "time_embedding")
-
 
 class HeadNorm(nn.GroupNorm):
     """``conv_norm_out`` that computes ``conv_act`` too, as long as nothing stands in between."""
@@ -42,11 +40,14 @@ def head_is_fused(module: Any) -> bool:
     return plain and all(part.__dict__["_fastunet"].owner is owner for part in (norm, activation))
 
 
-def head(name: str, unet: Any) -> Iterator[Swap | Left]:
+def head(name: str, unet: Any, plain: type[nn.Module]) -> Iterator[Swap | Left]:
     """``conv_norm_out`` and ``conv_act``, the last norm of a U-Net."""
     norm, activation = unet.conv_norm_out, unet.conv_act
     site = join(name, "conv_norm_out")
     if norm is None:
+        return
+    if type(unet) is not plain:
+        yield Left(site, "subclass", f"{type(unet).__name__} may call it without conv_act")
         return
     if not isinstance(activation, nn.SiLU):
         yield Left(site, "activation", f"conv_act is {type(activation).__name__}, not SiLU")
@@ -75,7 +76,16 @@ def resnet(
     elif (other := unlike_plain(block)) is not None:
         yield Left(site, *other)
     else:
-        yield Swap(site, block, fused, RESNET_OPS)
+        # A norm with a hook or of another class is called around, so it is left and said to be.
+        fusable = {
+            name: is_plain(block.nonlinearity, nn.SiLU)
+            and _free(getattr(block, name), nn.GroupNorm, GroupNorm)
+            for name in ("norm1", "norm2")
+        }
+        norms = ("group_norm_silu",) * sum(fusable.values())
+        yield Swap(site, block, fused, (*norms, "time_embedding"))
+        for name in (name for name, free in fusable.items() if not free):
+            yield Left(join(site, name), "not_plain", "it or its SiLU has hooks or another class")
 
 
 def attention(

@@ -60,4 +60,4 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
         yield from _sites.norm(join(name, "norm"), module.norm)
     elif isinstance(module, UNet2DConditionModel):
-        yield from _sites.head(name, module)
+        yield from _sites.head(name, module, UNet2DConditionModel)

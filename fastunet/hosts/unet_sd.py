@@ -29,4 +29,4 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     elif isinstance(module, unet_sd.Transformer):
         yield from _sites.norm(join(name, "norm"), module.norm)
     elif isinstance(module, unet_sd.UNet):
-        yield from _sites.head(name, module)
+        yield from _sites.head(name, module, unet_sd.UNet)

@@ -69,7 +69,7 @@ def attend(layer: Any, x: Tensor, context: Tensor | None) -> Tensor:
     """Call the layer's projections around the fused attention."""
     tokens = x if context is None else context
     query, key, value = layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Autocast runs scaled_dot_product_attention in its own dtype, and so does what replaces it.
         dtype = torch.get_autocast_dtype(x.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))

@@ -12,7 +12,7 @@ from fastunet.nn._plain import is_plain
 
 
 class GroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm`` in one launch, in the layout that it is given."""
+    """``nn.GroupNorm`` fused, in the layout that it is given."""
 
     activation: ClassVar[str | None] = None
 
@@ -39,7 +39,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class GroupNormSiLU(GroupNorm):
-    """``silu(norm(x + shift))`` in one launch, where ``nn.GroupNorm`` then ``nn.SiLU`` stood."""
+    """``silu(norm(x + shift))`` fused, where ``nn.GroupNorm`` then ``nn.SiLU`` stood."""
 
     activation = "silu"
 

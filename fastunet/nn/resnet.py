@@ -12,8 +12,8 @@ from fastunet.nn.group_norm import normalize
 class ResnetBlock(nn.Module):
     """norm, SiLU, convolution; time embedding, norm, SiLU, dropout, convolution; plus the input.
 
-    Both norms take their SiLU in, and the second one the addition of the time embedding: two
-    launches where five or more were. Parameter names are those of diffusers' ResnetBlock2D.
+    Both norms take their SiLU in, and the second one the addition of the time embedding. Parameter
+    names are those of diffusers' ResnetBlock2D.
 
     Args:
         in_channels, out_channels: multiples of ``groups``.

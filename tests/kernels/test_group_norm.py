@@ -117,6 +117,28 @@ def test_every_part_is_optional(
     assert_parity(triton_group_norm, eager, x, 4, weight, bias, shift=shift, activation=activation)
 
 
+def test_parameters_with_strides(device):
+    """A column of a table, one value expanded over the channels, a shift that is a slice."""
+    x = torch.randn(2, 20, 3, 5, device=device)
+    column, one = torch.randn(20, 4, device=device)[:, 2], torch.randn(1, device=device).expand(20)
+    shift = torch.randn(2, 60, device=device)[:, 20:40]
+    assert_parity(triton_group_norm, eager, x, 4, column, one, shift=shift)
+    assert_parity(triton_group_norm, eager, x, 4, one, column, shift=shift)
+
+
+def test_tokens_come_back_as_pytorch_gives_them(device):
+    """channels_last is a layout of images and volumes; [N, C, L] is always dense along L."""
+    x = torch.randn(2, 7, 20, device=device).transpose(1, 2)
+    assert_parity(triton_group_norm, eager, x, 4)
+    assert triton_group_norm(x, 4).is_contiguous()
+
+
+def test_16_bit_shift_beside_fp32_activations(device):
+    """What autocast hands over: its linear layers give 16 bits."""
+    x, shift = torch.randn(2, 8, 4, 4, device=device), torch.randn(2, 8, device=device).bfloat16()
+    assert_parity(triton_group_norm, eager, x, 4, shift=shift)
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-5, 1e-2])
 def test_eps_is_the_layers(eps, device):
     x = 1e-3 * torch.randn(1, 8, 4, 4, device=device)  # variance 1e-6: eps decides

@@ -328,10 +328,10 @@ def test_without_triton_every_op_runs_on_the_reference():
     same, errors, named, told = run_python(code)
     assert same == [True, True, True]
     assert errors == [
-        ("ModuleNotFoundError", "group_norm on backend 'triton': Triton is not installed"),
+        ("NotImplementedError", "group_norm on backend 'triton': Triton is not installed"),
         ("ValueError", "backend must be one of auto, triton, torch, got 'cuda'"),
         ("ValueError", "channels (4) must be divisible by groups (3)"),
-        ("ModuleNotFoundError", "attention on backend 'triton': Triton is not installed"),
+        ("NotImplementedError", "attention on backend 'triton': Triton is not installed"),
     ]
     assert named == ["attention", True]
     assert told == {"backend": "torch", "why": "Triton is not installed"}
@@ -340,3 +340,94 @@ def test_without_triton_every_op_runs_on_the_reference():
 def test_another_module_that_is_missing_is_not_taken_for_triton():
     code = "import sys; sys.modules['einops'] = None\nimport fastunet.kernels"
     assert run_python(code).startswith("ModuleNotFoundError: import of einops halted")
+
+
+# Tensors that a launch could not honour.
+
+
+def gn(x):
+    return kernels.group_norm(x, 2)
+
+
+@pytest.fixture
+def kernels_are_on(monkeypatch):
+    monkeypatch.setattr(_launch, "interpreted", lambda: True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("kernels_are_on")
+def test_forward_mode_gets_its_tangent():
+    x, tangent = torch.randn(2, 2, 4, 3, 3)
+    expected = torch.func.jvp(lambda x: kernels.group_norm(x, 2, backend="torch"), (x,), (tangent,))
+    torch.testing.assert_close(torch.func.jvp(gn, (x,), (tangent,)), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        unpacked = torch.autograd.forward_ad.unpack_dual(gn(dual))
+    torch.testing.assert_close(unpacked.tangent, expected[1])
+
+
+@pytest.mark.usefixtures("kernels_are_on")
+def test_vmap_maps_the_reference():
+    x = torch.randn(3, 2, 4, 3, 3)
+    torch.testing.assert_close(torch.vmap(gn)(x), torch.stack([gn(sample) for sample in x]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.usefixtures("kernels_are_on")
+def test_a_torchscript_trace_holds_the_op():
+    traced = torch.jit.trace(gn, torch.randn(2, 4, 3, 3))
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(traced(x), gn(x))
+
+
+@pytest.mark.usefixtures("kernels_are_on")
+def test_a_subclass_of_tensor_runs_its_own_functions():
+    seen = []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    gn(torch.randn(2, 4, 3, 3).as_subclass(Watching))
+    assert "group_norm" in seen
+
+
+def test_bf16_waits_for_the_faithful_interpreter(monkeypatch):
+    x = torch.randn(2, 4, 3, 3).bfloat16()
+    monkeypatch.setattr(_launch, "interpreted", lambda: True)
+    monkeypatch.setattr(_launch, "_faithful", lambda: False)
+    assert torch.equal(gn(x), kernels.group_norm(x, 2, backend="torch"))
+    with pytest.raises(NotImplementedError, match="make_faithful"):
+        kernels.group_norm(x, 2, backend="triton")
+
+
+def test_a_size_that_does_not_fit_leaves_the_others_on(monkeypatch):
+    """One warning an op; every other size goes on trying."""
+    from triton.runtime.errors import OutOfResources
+
+    def launcher(x, *args, **kwargs):
+        if x.shape[1] == 8:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        return x * 0 + 7
+
+    monkeypatch.setattr(_launch, "interpreted", lambda: True)
+
+    def call(channels):
+        args = (torch.randn(2, channels, 3, 3), 2)
+        return _launch.run("group_norm", launcher, "auto", args)
+
+    with pytest.warns(RuntimeWarning, match="kernel of group_norm does not compile here"):
+        call(8)
+    assert (call(4) == 7).all() and not (call(8) == 7).any()
+
+
+def test_recording_tells_what_ran():
+    x = torch.randn(2, 4, 3, 3)
+    with kernels.recording() as ran:
+        kernels.group_norm(x, 2, backend="torch")
+        kernels.add_time_embedding(x, torch.randn(2, 4), backend="torch")
+    assert ran == [("group_norm", "torch"), ("add_time_embedding", "torch")]
+    kernels.group_norm(x, 2, backend="torch")
+    assert len(ran) == 2

@@ -34,6 +34,8 @@ def group_norm_cases(device):
             x = randn(2, 24, 10, 5).to(dtype).to(memory_format=layout)
             yield (x[:, :12], 3), {}  # strides of slices, along channels and along rows
             yield (x[:, :, :5], 3), {}
+            table = randn(12, 2).to(dtype)
+            yield (x[:, :12], 3, table[:, 0], table[:, 1]), {}  # parameters with strides
             large = (8 * randn(1, 48, 61, 61)).to(dtype).to(memory_format=layout)
             ramp = torch.linspace(0, 50, 61, device=device).to(dtype)[:, None]
             yield (
@@ -89,6 +91,7 @@ MUTANTS = {
         "a slice reads into the next": [("last_s = tl.minimum(first_s + SLICE, S)", "last_s = S")],
         "slices share a place": [("slices + pid % slices) * 3", "slices) * 3")],
         "statistics in fp16": [("m2 += delta * (x - mean)", "m2 += (delta * (x - mean)).to(tl.float16)")],
+        "parameters taken for dense": [("p if p is None else p.contiguous() for", "p for")],
         "scale missing": [("_parameter(weight_ptr, c, mask_c, 1.0)", "tl.full([BLOCK_C], 1.0, tl.float32)")],
         "bias missing": [("_parameter(bias_ptr, c, mask_c, 0.0)", "tl.zeros([BLOCK_C], tl.float32)")],
         "wrong eps": [("variance + eps", "variance + 1e-6")],

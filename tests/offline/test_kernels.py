@@ -21,6 +21,7 @@ ATTENTION = [
 def as_if_on_a_gpu(monkeypatch):
     """CPU tensors reach the launch, which compiles and runs nothing."""
     monkeypatch.setattr("fastunet.kernels._launch.interpreted", lambda: True)
+    monkeypatch.setattr("fastunet.kernels._launch._faithful", lambda: True)
     monkeypatch.setattr("fastunet.kernels._launch.processors", lambda tensor: 132)
 
 
@@ -65,6 +66,24 @@ def test_group_norm_without_a_part(without):
         launch("sm_90", "group_norm", x.contiguous(memory_format=layout), 32, **kept)
 
 
+def test_group_norm_at_the_edges(target):
+    """One position; one channel a group and many groups; fp32 parameters beside 16-bit values."""
+    for channels, groups, side in ((64, 2, 1), (320, 320, 64), (15, 1, 3)):
+        for channels_last in (False, True):
+            x = image(channels, side, torch.bfloat16, channels_last)
+            parameter = torch.empty(channels)
+            for _, used in launch(target, "group_norm", x, groups, parameter, parameter):
+                assert used["spill_bytes"] == 0, (channels, groups, side, used)
+
+
+def test_attention_at_the_edges(target):
+    """bf16, one query, one key, and the widest head; also where fp32 is allowed TF32."""
+    for head_dim, queries, keys in ((64, 1, 1), (8, 5, 3), (256, 64, 300), (40, 64, 77)):
+        query = torch.empty(1, queries, head_dim, dtype=torch.bfloat16)
+        key = torch.empty(1, keys, head_dim, dtype=torch.bfloat16)
+        launch(target, "attention", query, key, key, 1)
+
+
 @pytest.mark.parametrize("sizes", ATTENTION, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_attention(target, sizes):
     heads, head_dim, queries, keys = sizes
@@ -79,6 +98,16 @@ def test_attention(target, sizes):
     assert used["loads_16"] == 0, used
     tensor_cores = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma", "gfx950": "mfma"}
     assert used[tensor_cores.get(target, "mma")] > 0, used
+
+
+@pytest.mark.parametrize("head_dim", [64])
+@pytest.mark.parametrize("target", ["sm_90", "gfx950"])
+def test_tf32_is_for_fp32_alone(target, head_dim, request):
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    torch.set_float32_matmul_precision("high")
+    query = torch.empty(2, 64, head_dim, dtype=torch.float16)
+    ((_, used),) = launch(target, "attention", query, query, query, 1)
+    assert used["tf32"] == 0
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
