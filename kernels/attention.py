@@ -7,9 +7,10 @@ Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones, and 
 through in tiles of BLOCK_N keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et
 al. 2022).
 
-A head dim that is no power of two is two tiles rather than one padded up: 40 = 32 + 16 (8 of them
-masked), 80 = 64 + 16, 160 = 128 + 32. The scores are then the sum of two products, and the output
-is two accumulators. Heads are read in place, [B, L, H*D] by stride: no transpose before or after.
+A size that is no power of two is two tiles rather than one padded up: head dims 40 = 32 + 16 (8 of
+them masked), 80 = 64 + 16, 160 = 128 + 32, and 77 keys = 64 + 16. Scores are then sums of two
+products, and the output is two accumulators. Heads are read in place, [B, L, H*D] by stride: no
+transpose before or after.
 """
 
 import math
@@ -40,6 +41,20 @@ def _store_tile(ptr, row, rows, stride, first, value, HEAD_DIM: tl.constexpr, D:
 
 
 @triton.jit
+def _scores(
+    query1, query2, key_ptr, n, N, stride_kn, scale_log2e,
+    HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, n] in base 2, -inf past the last key."""
+    key1 = _tile(key_ptr, n, N, stride_kn, 0, HEAD_DIM, D1)
+    scores = tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
+    if D2 > 0:
+        key2 = _tile(key_ptr, n, N, stride_kn, D1, HEAD_DIM, D2)
+        scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)
+    return tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))
+
+
+@triton.jit
 def _one_tile_kernel(
     out_ptr,  # [B, M, H*D] contiguous
     query_ptr,  # [B, M, H*D], strides stride_qb, stride_qm, 1
@@ -59,38 +74,55 @@ def _one_tile_kernel(
     D1: tl.constexpr,  # HEAD_DIM = D1 + D2 with the last lanes of D2 masked; D2 may be 0
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # at least N
+    N1: tl.constexpr,  # N <= N1 + N2; N2 may be 0
+    N2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M)
     b, h = (pid // tiles // HEADS).to(tl.int64), pid // tiles % HEADS
     m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
     query_ptr += b * stride_qb + h * HEAD_DIM
     key_ptr += b * stride_kb + h * HEAD_DIM
     value_ptr += b * stride_vb + h * HEAD_DIM
     out_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
 
     query1 = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D1)
-    key1 = _tile(key_ptr, n, N, stride_kn, 0, HEAD_DIM, D1)
-    scores = tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
+    query2 = query1
     if D2 > 0:
         query2 = _tile(query_ptr, m, M, stride_qm, D1, HEAD_DIM, D2)
-        key2 = _tile(key_ptr, n, N, stride_kn, D1, HEAD_DIM, D2)
-        scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)
-    scores = tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))
-    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    total = tl.sum(p, 1)[:, None]
-    p = p.to(query1.dtype)
+    n1 = tl.arange(0, N1)
+    p1 = _scores(
+        query1, query2, key_ptr, n1, N, stride_kn, scale_log2e, HEAD_DIM, D1, D2, PRECISION
+    )
+    highest = tl.max(p1, 1)
+    if N2 > 0:
+        n2 = N1 + tl.arange(0, N2)
+        p2 = _scores(
+            query1, query2, key_ptr, n2, N, stride_kn, scale_log2e, HEAD_DIM, D1, D2, PRECISION
+        )
+        highest = tl.maximum(highest, tl.max(p2, 1))
+    p1 = tl.exp2(p1 - highest[:, None])
+    total = tl.sum(p1, 1)
+    p1 = p1.to(query1.dtype)
+    if N2 > 0:
+        p2 = tl.exp2(p2 - highest[:, None])
+        total += tl.sum(p2, 1)
+        p2 = p2.to(query1.dtype)
 
-    value1 = _tile(value_ptr, n, N, stride_vn, 0, HEAD_DIM, D1)
-    out1 = tl.dot(p, value1, input_precision=PRECISION) / total
-    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1, HEAD_DIM, D1)
+    value = _tile(value_ptr, n1, N, stride_vn, 0, HEAD_DIM, D1)
+    out1 = tl.dot(p1, value, input_precision=PRECISION)
+    if N2 > 0:
+        value = _tile(value_ptr, n2, N, stride_vn, 0, HEAD_DIM, D1)
+        out1 = tl.dot(p2, value, out1, input_precision=PRECISION)
+    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1 / total[:, None], HEAD_DIM, D1)
     if D2 > 0:
-        value2 = _tile(value_ptr, n, N, stride_vn, D1, HEAD_DIM, D2)
-        out2 = tl.dot(p, value2, input_precision=PRECISION) / total
-        _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2, HEAD_DIM, D2)
+        value = _tile(value_ptr, n1, N, stride_vn, D1, HEAD_DIM, D2)
+        out2 = tl.dot(p1, value, input_precision=PRECISION)
+        if N2 > 0:
+            value = _tile(value_ptr, n2, N, stride_vn, D1, HEAD_DIM, D2)
+            out2 = tl.dot(p2, value, out2, input_precision=PRECISION)
+        _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2 / total[:, None], HEAD_DIM, D2)
 
 
 @triton.jit
@@ -110,7 +142,7 @@ def _streaming_kernel(
     stride_vn,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    D1: tl.constexpr,
+    D1: tl.constexpr,  # HEAD_DIM = D1 + D2 with the last lanes of D2 masked; D2 may be 0
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,21 +158,20 @@ def _streaming_kernel(
     out_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
 
     query1 = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D1)
-    out1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    query2 = query1
     if D2 > 0:
         query2 = _tile(query_ptr, m, M, stride_qm, D1, HEAD_DIM, D2)
+    out1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    if D2 > 0:
         out2 = tl.zeros([BLOCK_M, D2], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        key1 = _tile(key_ptr, n, N, stride_kn, 0, HEAD_DIM, D1)
-        scores = tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
-        if D2 > 0:
-            key2 = _tile(key_ptr, n, N, stride_kn, D1, HEAD_DIM, D2)
-            scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)
-        scores = tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))
+        scores = _scores(
+            query1, query2, key_ptr, n, N, stride_kn, scale_log2e, HEAD_DIM, D1, D2, PRECISION
+        )
         # Each tile holds at least one key, so the maximum is -inf only where a score is.
         risen = tl.maximum(highest, tl.max(scores, 1))
         p = tl.exp2(scores - risen[:, None])
@@ -174,19 +205,20 @@ def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
     """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory."""
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
         return Tile(False, 32, 32 if head_dim <= 160 else 16, num_warps=8, num_stages=1)
-    queries = 128 if head_dim <= 80 else 64
     if keys <= ONE_TILE_KEYS:
-        padded = max(triton.next_power_of_2(keys), 16)
-        return Tile(True, queries, padded, num_warps=8, num_stages=1)
+        # Up to 64 a row of scores and outputs is short; past 128 four warps would spill them.
+        queries, num_warps = (128, 8) if head_dim <= 64 else (64, 4 if head_dim <= 128 else 8)
+        return Tile(True, queries, keys, num_warps, num_stages=1)
+    queries = 128 if head_dim <= 80 else 64
     return Tile(False, queries, 64 if head_dim <= 160 else 32, num_warps=8, num_stages=2)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """(D1, D2), powers of two from 16 up (D2 may be 0) that hold head_dim with few lanes masked."""
-    first = max(1 << (head_dim.bit_length() - 1), 16)
-    if head_dim <= first:
+def split(size: int) -> tuple[int, int]:
+    """Two powers of two from 16 up, the second perhaps 0, that hold ``size`` with few to spare."""
+    first = max(1 << (size.bit_length() - 1), 16)
+    if size <= first:
         return first, 0
-    second = max(triton.next_power_of_2(head_dim - first), 16)
+    second = max(triton.next_power_of_2(size - first), 16)
     return (2 * first, 0) if second == first else (first, second)
 
 
@@ -210,15 +242,19 @@ def _launch_attention(
     head_dim = width // heads
     query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     scale_log2e = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split(head_dim)
     tile = launch_table(key.shape[1], head_dim, query.element_size())
-    kernel = _one_tile_kernel if tile.one_tile else _streaming_kernel
+    if tile.one_tile:
+        n1, n2 = split(tile.keys)
+        kernel, keys = _one_tile_kernel, {"N1": n1, "N2": n2}
+    else:
+        kernel, keys = _streaming_kernel, {"BLOCK_N": tile.keys}
     grid = (batch * heads * triton.cdiv(queries, tile.queries),)
     kernel[grid](
         out, query, key, value, scale_log2e, queries, key.shape[1],
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2,
-        BLOCK_M=tile.queries, BLOCK_N=tile.keys, PRECISION=fp32_precision(query),
+        BLOCK_M=tile.queries, **keys, PRECISION=fp32_precision(query),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out

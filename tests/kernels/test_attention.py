@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastunet import kernels
 from fastunet.kernels import reference
-from fastunet.kernels.attention import launch_table, split_head_dim
+from fastunet.kernels.attention import launch_table, split
 from fastunet.testing import DTYPES, SHAPES, assert_parity, make_inputs
 
 triton_attention = partial(kernels.attention, backend="triton")
@@ -178,19 +178,15 @@ def test_reference_is_the_layers_it_replaces():
     assert torch.equal(reference.attention(QUERY, KEY, KEY, 2), expected)
 
 
-def test_head_dims_split_into_powers_of_two_with_few_lanes_idle():
-    for head_dim in range(8, 257, 8):
-        first, second = split_head_dim(head_dim)
-        assert first + second >= head_dim and first >= 16
-        assert all(d & (d - 1) == 0 for d in (first, second))
-        assert second == 0 or second < first and head_dim > first
-        assert first + second - head_dim <= max(8, head_dim // 3)
-    assert [split_head_dim(d) for d in (40, 64, 80, 160)] == [
-        (32, 16),
-        (64, 0),
-        (64, 16),
-        (128, 32),
-    ]
+def test_sizes_split_into_powers_of_two_with_few_lanes_idle():
+    for size in range(1, 257):
+        first, second = split(size)
+        assert first + second >= size and first >= 16
+        assert all(part & (part - 1) == 0 for part in (first, second))
+        assert second == 0 or 16 <= second < first < size
+        assert first + second - size < max(16, size / 2)
+    wanted = {40: (32, 16), 64: (64, 0), 77: (64, 16), 80: (64, 16), 160: (128, 32)}
+    assert {size: split(size) for size in wanted} == wanted
 
 
 def test_launch_table_takes_the_text_in_one_tile():

@@ -50,10 +50,13 @@ def attention_cases(device):
             yield make_inputs(
                 "attention", heads, head_dim, queries, keys, dtype=dtype, device=device
             )
-    query, key, value, heads = make_inputs(
-        "attention", 1, 40, 9, 150, dtype=torch.float32, device=device
-    )[0]
-    yield (query.abs() * 300, -key.abs() * 300, value, heads), {}  # every score is far below zero
+    for keys, dtype in ((150, torch.float32), (77, torch.float16)):
+        (query, key, value, heads), _ = make_inputs(
+            "attention", 1, 40, 9, keys, dtype=dtype, device=device
+        )
+        key[:, 70:] *= 3  # the highest scores stand in the last tile
+        yield (query * 30, key * 10, value, heads), {}
+        yield (query.abs() * 30, -key.abs() * 30, value, heads), {}  # all scores far below zero
 
 
 def add_time_embedding_cases(device):
@@ -108,17 +111,21 @@ MUTANTS = {
     },
     "attention": {
         "keys not masked": [('tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))', "scores * scale_log2e")],
-        "natural exponent with a base-2 scale": [("tl.exp2(scores", "tl.exp(scores")],
+        "natural exponent with a base-2 scale": [("tl.exp2(", "tl.exp(")],
         "sum not rescaled": [("total * shrink", "total")],
         "output not rescaled": [("out1 * shrink[:, None]", "out1")],
         "second part of the head dim forgotten": [("scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)", "pass")],
+        "second part of the keys not in the sum": [("total += tl.sum(p2, 1)", "pass")],
+        "second part of the keys not in the maximum": [("highest = tl.maximum(highest, tl.max(p2, 1))", "pass")],
+        "second part of the keys not in the output": [("out1 = tl.dot(p2, value, out1, input_precision=PRECISION)", "pass")],
+        "first part of the keys twice": [("n2 = N1 + tl.arange(0, N2)", "n2 = tl.arange(0, N2)")],
         "head dim not masked": [("(column < HEAD_DIM)", "(column < HEAD_DIM + 8)")],
         "rows not masked": [("(row < rows)[:, None] &", "")],
         "maximum starts at zero": [('highest = tl.full([BLOCK_M], float("-inf"), tl.float32)', "highest = tl.zeros([BLOCK_M], tl.float32)")],
         "TF32 for fp32": [('"tf32" if matmul.fp32_precision == "tf32" else "ieee"', '"tf32"')],
         "first head's queries": [("query_ptr += b * stride_qb + h * HEAD_DIM", "query_ptr += b * stride_qb")],
         "key's stride for the value": [("_tile(value_ptr, n, N, stride_vn", "_tile(value_ptr, n, N, stride_kn + 1")],
-        "weights not normalised": [("/ total[:, None]", ""), ("/ total\n", "\n")],
+        "weights not normalised": [("/ total[:, None]", "")],
     },
     "time_embedding": {
         "next channel's embedding": [("emb_ptr + n * C + c", "emb_ptr + n * C + (c + 1) % C")],

@@ -1,14 +1,11 @@
 """Every kernel, launched by its host code at the sizes of the real models, compiled for real GPUs:
-no spill but the listed ones, tensor cores, wide loads, no atomics, and fp32 that is fp32."""
+no spill, tensor cores, wide loads, no atomics, and fp32 that is fp32."""
 
 import pytest
 import torch
 
 import offline
 from fastunet import kernels
-
-# (kernel, head dim) -> bytes a thread may spill, where that is not 0 and the target is not sm_90.
-SPILLS = {("_one_tile_kernel", 160): 400}
 
 GROUP_NORM = [(320, 64), (640, 32), (960, 32), (1280, 16), (1920, 16), (2560, 8)]
 ATTENTION = [
@@ -92,10 +89,9 @@ def test_attention(target, sizes):
     ((kernel, used),) = launch(target, "attention", query, key, value, heads)
     assert kernel == ("_one_tile_kernel" if keys <= 128 else "_streaming_kernel")
     assert used["atomics"] == 0
-    allowed = 0 if target == "sm_90" else SPILLS.get((kernel, head_dim), 0)
-    assert used["spill_bytes"] <= allowed, used
+    assert used["spill_bytes"] == 0, used
     assert used["loads_128"] + used["cp_async"] + used["tma"] > 0, used
-    assert used["loads_16"] == 0, used
+    assert used["loads_16"] <= 4, used  # a last tile of 16 keys has one value a thread
     tensor_cores = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma", "gfx950": "mfma"}
     assert used[tensor_cores.get(target, "mma")] > 0, used
 
