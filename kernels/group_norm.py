@@ -167,7 +167,7 @@ def _group_norm_kernel(
                 x = x.to(tl.float32) + shift
                 z = (x - guess) * scale + bias
                 if SILU:
-                    z = z / (1.0 + tl.exp(-z))
+                    z = z * tl.sigmoid(z)
                 z = z.to(y_ptr.dtype.element_ty)
                 tl.store(y_row + s.to(tl.int64) * stride_ys, z, mask=mask)
 

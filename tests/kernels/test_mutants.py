@@ -101,7 +101,7 @@ MUTANTS = {
         "eps outside the root": [("tl.rsqrt(variance + eps)", "1 / (tl.sqrt(variance) + eps)")],
         "shift not in the statistics": [("x = x.to(tl.float32) + shift\n                count", "x = x.to(tl.float32)\n                count")],
         "shift not in the result": [("x = x.to(tl.float32) + shift\n                z", "x = x.to(tl.float32)\n                z")],
-        "no SiLU": [("z = z / (1.0 + tl.exp(-z))", "z = z")],
+        "no SiLU": [("z = z * tl.sigmoid(z)", "z = z")],
         "mask to the end of the tensor": [("mask_c = (c0 + lane_c < TILE_C) & (c < C)", "mask_c = c < C"), ("(lane_c < TILE_C) & (first_c + lane_c < C)", "first_c + lane_c < C")],
         "tail of space counted": [("count += (s < last_s).to(tl.float32)", "count += 1.0")],
         "tail of space not masked": [("(s < last_s)\n                x", "(s < last_s + 1)\n                x")],
