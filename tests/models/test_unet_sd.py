@@ -11,21 +11,7 @@ from torch import nn
 
 from fastunet.models import SD15, SDXL, TOY, UNet, UNetConfig
 from fastunet.models.unet_sd import Attention, ResnetBlock
-
-# diffusers calls the number of heads `attention_head_dim`.
-PUBLISHED_SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
-PUBLISHED_SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from small_unets import PUBLISHED
 
 SMALL_SD15 = dataclasses.replace(
     SD15, block_out_channels=(16, 32, 48, 48), heads=(4, 4, 4, 4), context_dim=24, norm_groups=8
@@ -52,7 +38,7 @@ SMALL = {
     ),
     "sdxl": (
         SMALL_SDXL,
-        PUBLISHED_SDXL
+        PUBLISHED["sdxl"]
         | {
             "block_out_channels": (16, 32, 48),
             "transformer_layers_per_block": [1, 2, 3],
@@ -118,7 +104,7 @@ def assert_identical(actual, expected):
 
 @pytest.mark.parametrize(
     "config, published, parameters",
-    [(SD15, PUBLISHED_SD15, 859_520_964), (SDXL, PUBLISHED_SDXL, 2_567_463_684)],
+    [(SD15, PUBLISHED["sd15"], 859_520_964), (SDXL, PUBLISHED["sdxl"], 2_567_463_684)],
     ids=["sd15", "sdxl"],
 )
 def test_published_models_have_these_parameters(config, published, parameters):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastunet.models import SD15, SDXL, UNet
 
+# diffusers calls the number of heads `attention_head_dim`.
 PUBLISHED = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
     "sdxl": {
