@@ -175,7 +175,7 @@ def backend_of(op: str) -> tuple[str, str]:
         return ambient, f"FASTUNET_BACKEND or use_backend asks for {ambient}"
     try:
         import triton  # noqa: F401
-    except ModuleNotFoundError:
+    except ImportError:  # missing, or its library does not load: as in kernels/__init__.py
         return "torch", "Triton is not installed"
     broken = [why for case, why in _broken.items() if case[0] == op]
     if broken:

@@ -198,7 +198,8 @@ def launch_table(
     programs = samples * triton.cdiv(groups, owned)
     rows = min(triton.next_power_of_2(space), max(4096 // channels, 1))
     slices = 1
-    # A second launch costs more than the idle processors where a program has little to read.
+    # Where a program has little to read, a second launch should cost more than idle processors do:
+    # both this bound and two programs a processor are estimates, not measured on a GPU.
     if programs < processors and owned * group_channels * space > 16384:
         rows = min(rows, max(2048 // channels, 1))
         steps = triton.cdiv(space, rows)
