@@ -23,7 +23,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # What Stable Diffusion 1.5 (512 x 512) and SDXL (1024 x 1024) ask of each op, batch left out.
 # group_norm: (channels, side) at 32 groups, so 10, 20, 30, 40, 60 or 80 channels a group.
-# attention: (heads, head dim, query tokens, key tokens); add_time_embedding: (channels, side).
+# attention: (heads, head dim, query tokens, key tokens); add_time_embedding: (channels, side);
+# geglu: (features of the result, tokens); add_layer_norm: (features, tokens).
 SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     "sd15": {
         "group_norm": [
@@ -35,6 +36,8 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
             *((8, 40, 4096, 4096), (8, 80, 1024, 1024), (8, 160, 256, 256), (8, 160, 64, 64)),
         ],
         "add_time_embedding": [(320, 64), (640, 32), (1280, 16), (1280, 8)],
+        "geglu": [(1280, 4096), (2560, 1024), (5120, 256), (5120, 64)],
+        "add_layer_norm": [(320, 4096), (640, 1024), (1280, 256), (1280, 64)],
     },
     "sdxl": {
         "group_norm": [
@@ -45,6 +48,8 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
             *((10, 64, 4096, 77), (20, 64, 1024, 77), (10, 64, 4096, 4096), (20, 64, 1024, 1024)),
         ],
         "add_time_embedding": [(320, 128), (640, 64), (1280, 32)],
+        "geglu": [(2560, 4096), (5120, 1024)],
+        "add_layer_norm": [(640, 4096), (1280, 1024)],
     },
 }
 
@@ -125,12 +130,87 @@ def assert_parity(
         reference(*args, **kwargs),
         reference(*to_double(args), **to_double(kwargs)),
     )
+    _assert_passed(row)
+    return row
+
+
+def assert_gradients(
+    ours: Callable[..., Any],
+    reference: Callable[..., Any],
+    *args: Any,
+    name: str = "gradients",
+    upstream: Callable[[Tensor], Tensor] = torch.randn_like,
+    **kwargs: Any,
+) -> list[Row]:
+    """The same for every output, and for the gradient of every floating-point tensor argument.
+
+    Args:
+        upstream: makes the gradient of an output, given that output of the reference.
+
+    Raises:
+        AssertionError: a gradient breaks the rule, is missing, or has another dtype or shape than
+            its tensor.
+    """
+    rows = gradient_rows(name, ours, reference, args, kwargs, upstream)
+    for row in rows:
+        _assert_passed(row)
+    return rows
+
+
+def gradient_rows(
+    name: str,
+    ours: Callable[..., Any],
+    reference: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    upstream: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> list[Row]:
+    """A row for every output and for every gradient; see :func:`assert_gradients`."""
+    eager, leaves = _called(reference, args, kwargs)
+    grads = [upstream(output.detach()) for output in eager]
+    truth, truth_leaves = _called(reference, to_double(args), to_double(kwargs))
+    result, our_leaves = _called(ours, args, kwargs)
+    rows = []
+    several = len(eager) > 1
+    for i, outputs in enumerate(zip(result, eager, truth, strict=True)):
+        rows.append(compare(f"{name} output{i if several else ''}", *outputs))
+    found = [
+        torch.autograd.grad(outputs, list(at.values()), to_double(grads) if wide else grads)
+        for outputs, at, wide in (
+            (result, our_leaves, False),
+            (eager, leaves, False),
+            (truth, truth_leaves, True),
+        )
+    ]
+    for leaf, ours_grad, eager_grad, true_grad in zip(leaves, *found, strict=True):
+        assert ours_grad.dtype == leaves[leaf].dtype, f"{name}: d_{leaf} is {ours_grad.dtype}"
+        rows.append(compare(f"{name} d_{leaf}", ours_grad, eager_grad, true_grad))
+    return rows
+
+
+def _called(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The outputs, and the leaves of their graph by the argument's name or position."""
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        leaves[name] = value.detach().requires_grad_()
+        return leaves[name]
+
+    args = tuple(leaf(str(i), value) for i, value in enumerate(args))
+    outputs = function(*args, **{key: leaf(key, value) for key, value in kwargs.items()})
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs), leaves
+
+
+def _assert_passed(row: Row) -> None:
     assert row.passed, (
-        f"{name} ({row.dtype}): max error {row.error:.3e}, eager's {row.eager:.3e}, budget "
+        f"{row.name} ({row.dtype}): max error {row.error:.3e}, eager's {row.eager:.3e}, budget "
         f"{row.budget:.3e}; rms at {row.rms_ratio:.2f} of its budget; NaN and Inf "
         f"{'as' if row.finite else 'not as'} eager's"
     )
-    return row
 
 
 def make_inputs(
@@ -144,7 +224,7 @@ def make_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of an op at sizes as in :data:`SHAPES`, random affine and shift included.
 
-    ``mean`` moves the values of group_norm off zero, where a careless variance loses its digits.
+    ``mean`` moves the values that are normalised off zero, where a careless variance loses its digits.
     """
 
     def randn(*shape: int) -> Tensor:
@@ -164,6 +244,13 @@ def make_inputs(
     if op == "add_time_embedding":
         channels, side = sizes
         return (image(channels, side), randn(batch, channels).to(dtype)), {}
+    if op == "geglu":
+        features, length = sizes
+        return (randn(batch, length, 2 * features).to(dtype),), {}
+    if op == "add_layer_norm":
+        features, length = sizes
+        x, residual = ((randn(batch, length, features) + mean).to(dtype) for _ in range(2))
+        return (x, residual, *randn(2, features).to(dtype)), {}
     if op == "attention":
         heads, head_dim, queries, keys = sizes
         shapes = [(batch, length, heads * head_dim) for length in (queries, keys, keys)]

@@ -17,19 +17,25 @@ from fastunet.kernels.reference import timestep_embedding
 
 try:
     from fastunet.kernels.attention import attention
+    from fastunet.kernels.geglu import geglu
     from fastunet.kernels.group_norm import group_norm
+    from fastunet.kernels.layer_norm import add_layer_norm
     from fastunet.kernels.time_embedding import add_time_embedding
 except ImportError as failure:  # Triton is missing, or its library does not load
     if (failure.name or "").split(".")[0] != "triton":
         raise
-    attention = without_triton("attention")
-    group_norm = without_triton("group_norm")
+    add_layer_norm = without_triton("add_layer_norm")
     add_time_embedding = without_triton("add_time_embedding")
+    attention = without_triton("attention")
+    geglu = without_triton("geglu")
+    group_norm = without_triton("group_norm")
 
 __all__ = [
+    "add_layer_norm",
     "add_time_embedding",
     "attention",
     "backend_of",
+    "geglu",
     "group_norm",
     "recording",
     "timestep_embedding",

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,81 +65,57 @@ def _ambient_backend() -> str:
     return _ambient.get()
 
 
-def run(
-    op: str,
-    launcher: Callable[..., Tensor],
-    backend: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None = None,
-    *,
-    unfit: str | None = None,
-    vendor: bool = False,
-) -> Tensor:
-    """Launch the kernel of ``op``, or call its reference.
+def asked(backend: str) -> str:
+    """What "auto" stands for within use_backend; any other backend is itself."""
+    return _ambient_backend() if _checked(backend) == "auto" else backend
 
-    Args:
-        unfit: why no kernel takes these sizes, or None.
-        vendor: the reference is a vendor's kernel that no measurement shows ours ahead of: "auto"
-            takes it.
-    """
-    kwargs = kwargs or {}
-    asked = _checked(backend)
-    if asked == "auto":
-        asked = _ambient_backend()
-    if asked == "torch":
-        return _eager(op, args, kwargs)
-    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    reason = unfit or why_not_triton(tensors)
-    if asked == "triton":
-        if reason:
-            raise NotImplementedError(f"{op} on backend 'triton': {reason}")
-        return _launch(op, launcher, args, kwargs)
-    if reason or vendor or (_broken and _case(op, tensors) in _broken):
-        return _eager(op, args, kwargs)
-    try:
-        return _launch(op, launcher, args, kwargs)
-    except Exception as failure:
-        if not _is_compile_failure(failure):
-            raise
-        why = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
-        if all(broken[0] != op for broken in _broken):
-            text = f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({why})"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
-        _broken[_case(op, tensors)] = why
-        return _eager(op, args, kwargs)
+
+def note(op: str, backend: str) -> None:
+    """Tell who records; nobody does while a graph is traced."""
+    if _ran is not None and not torch.compiler.is_compiling():
+        _ran.append((op, backend))
+
+
+def is_broken(op: str, tensors: list[Tensor] | None = None) -> bool:
+    """Whether the op's kernel did not compile for such tensors, or for any."""
+    if not _broken:
+        return False
+    if tensors is None:
+        return any(case[0] == op for case in _broken)
+    return _case(op, tensors) in _broken
+
+
+def breaks(op: str, tensors: list[Tensor], failure: Exception) -> None:
+    """Remember a kernel that does not compile; the first of an op is told by a warning."""
+    why = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
+    if not is_broken(op):
+        text = f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({why})"
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
+    _broken[_case(op, tensors)] = why
 
 
 def _case(op: str, tensors: list[Tensor]) -> tuple[Any, ...]:
     return op, tensors[0].device, *((t.dtype, t.shape[1:]) for t in tensors)
 
 
-def _eager(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    if _ran is not None:
-        _ran.append((op, "torch"))
-    return getattr(reference, op)(*args, **kwargs)
-
-
-def _launch(
-    op: str, launcher: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    if _ran is not None:
-        _ran.append((op, "triton"))
-    device = args[0].device  # Triton launches on the current device: make it the tensor's
+def on_its_device(launcher: Callable[..., Any], args: Sequence[Any], **options: Any) -> Any:
+    """Triton launches on the current device: make it that of the first tensor."""
+    device = next(arg for arg in args if isinstance(arg, Tensor)).device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launcher(*args, **kwargs)
-    return launcher(*args, **kwargs)
+            return launcher(*args, **options)
+    return launcher(*args, **options)
 
 
-def why_not_triton(tensors: list[Tensor]) -> str | None:
-    """The reason why no kernel takes these tensors, or None."""
-    if tensors[0].dtype not in DTYPES:
-        return f"its kernels take fp32, fp16 and bf16, got {tensors[0].dtype}"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "its kernel has no backward yet and a gradient is required"
-    if torch.compiler.is_compiling():
-        return "it is not registered for torch.compile yet, which fuses the reference itself"
-    if any(type(t) not in (Tensor, Parameter) or _is_wrapped(t) for t in tensors):
+def why_not_triton(tensors: list[Tensor], by_name: bool = False) -> str | None:
+    """The reason why no kernel takes these tensors, or None.
+
+    fp64 is for proofs of the gradients: in the interpreter, and only where it is asked for by name.
+    """
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES and not (dtype == torch.float64 and by_name and interpreted()):
+        return f"its kernels take fp32, fp16 and bf16, got {dtype}"
+    if not torch.compiler.is_compiling() and any(type(t) not in (Tensor, Parameter) or _is_wrapped(t) for t in tensors):
         return "its kernels take plain tensors, no subclass and none inside vmap, jvp or a trace"
     device = tensors[0].device.type
     if device == "cpu" and not interpreted():
@@ -149,6 +125,10 @@ def why_not_triton(tensors: list[Tensor]) -> str | None:
     if device == "cpu" and any(t.dtype == torch.bfloat16 for t in tensors) and not _faithful():
         return "bf16 in the interpreter is wrong without fastunet.interpreter.make_faithful()"
     return None
+
+
+def wants_gradient(tensors: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _is_wrapped(tensor: Tensor) -> bool:
@@ -185,6 +165,25 @@ def backend_of(op: str) -> tuple[str, str]:
     if torch.cuda.is_available():
         return "triton", "tensors on the GPU; tensors on the CPU take the PyTorch reference"
     return "torch", "no GPU: tensors on the CPU take the PyTorch reference"
+
+
+def accumulator(tensor: Tensor) -> Any:
+    """The dtype that kernels compute in: fp32, and fp64 where they are proved in fp64."""
+    import triton.language as tl
+
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The same for a tensor that passes sums or statistics from one launch to the next."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def on_stream_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For another thread, which would start on the default stream."""
+    if not tensor.is_cuda:
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.current_stream(tensor.device))
 
 
 def processors(tensor: Tensor) -> int:
@@ -234,7 +233,7 @@ def without_triton(op: str) -> Callable[..., Tensor]:
     return call
 
 
-def _is_compile_failure(failure: Exception) -> bool:
+def is_compile_failure(failure: Exception) -> bool:
     """True before anything ran on the device; an error of the device itself is never hidden."""
     from triton.compiler.errors import CompilationError
     from triton.runtime import errors

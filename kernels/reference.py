@@ -20,33 +20,52 @@ def group_norm(
     eps: float = 1e-5,
     *,
     shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    skip: Tensor | None = None,
     activation: str | None = None,
+    tokens: bool = False,
 ) -> Tensor:
-    """act(group_norm(x + shift)), Wu and He 2018; see :func:`fastunet.kernels.group_norm`."""
-    _checks.group_norm(x, num_groups, weight, bias, eps, shift, activation)
-    if x.numel() == 0:
-        return torch.empty_like(x)
+    """act(scale_shift(group_norm(concat(x, skip) + shift))), Wu and He 2018; see
+    :func:`fastunet.kernels.group_norm`.
+    """
+    _checks.group_norm(x, num_groups, weight, bias, eps, shift, scale_shift, skip, activation)
     # PyTorch normalises only where all dtypes agree: fp32 parameters lift 16-bit activations.
-    wide = torch.float32 if _any_wider(x, weight, bias, shift) else x.dtype
+    wide = torch.float32 if _any_wider(x, weight, bias, shift, scale_shift) else x.dtype
     h = x.to(wide)
+    if skip is not None:
+        h = torch.cat([h, skip.to(wide)], dim=1)
     if shift is not None:
         h = h + _over_space(shift.to(wide), x)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
-    h = F.group_norm(h, num_groups, weight, bias, eps)
+    if h.numel():
+        h = F.group_norm(h, num_groups, weight, bias, eps)
+    if scale_shift is not None:
+        scale, offset = scale_shift.to(wide).chunk(2, dim=1)
+        h = h * (1 + _over_space(scale, x)) + _over_space(offset, x)
     if activation == "silu":
         h = F.silu(h)
+    if tokens:
+        h = rearrange(h.reshape(*h.shape[:2], -1 if h.numel() else 0), "n c s -> n s c").contiguous()
     return h.to(x.dtype)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(query key^T * scale) value for each head; see :func:`fastunet.kernels.attention`."""
-    _checks.attention(query, key, value, heads, scale)
+    """softmax(query key^T * scale + mask) value for each head; see
+    :func:`fastunet.kernels.attention`.
+    """
+    _checks.attention(query, key, value, heads, mask, scale)
     if query.numel() == 0:
         return torch.empty_like(query)
     query, key, value = (rearrange(t, "b l (h d) -> b h l d", h=heads) for t in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return rearrange(out, "b h l d -> b l (h d)")
 
 
@@ -54,6 +73,29 @@ def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
     """x + emb[:, :, None, None]; see :func:`fastunet.kernels.add_time_embedding`."""
     _checks.add_time_embedding(x, emb)
     return (x + _over_space(emb, x)).to(x.dtype)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """The first half of the features times GELU of the second; see :func:`fastunet.kernels.geglu`."""
+    _checks.geglu(x)
+    hidden, gate = x.chunk(2, dim=-1)
+    return hidden * F.gelu(gate)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """(x + residual, layer_norm(x + residual)); see :func:`fastunet.kernels.add_layer_norm`."""
+    _checks.add_layer_norm(x, residual, weight, bias, eps)
+    total = x + residual
+    wide = torch.float32 if _any_wider(x, weight, bias) else x.dtype
+    weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
+    normed = F.layer_norm(total.to(wide), x.shape[-1:], weight, bias, eps)
+    return total, normed.to(x.dtype)
 
 
 def timestep_embedding(
