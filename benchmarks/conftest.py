@@ -6,7 +6,7 @@ import torch
 from fastunet import kernels
 from fastunet.info import device_name
 from fastunet.kernels import reference
-from fastunet.testing import assert_parity, make_inputs
+from fastunet.testing import compare, make_inputs, to_double
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
@@ -25,7 +25,15 @@ def time_op(benchmark):
         args, kwargs = make_inputs(
             op, *sizes, dtype=DTYPE, device=DEVICE, channels_last=channels_last
         )
-        assert_parity(getattr(kernels, op), getattr(reference, op), *args, **kwargs)
+        eager = getattr(reference, op)
+        for results in zip(
+            _all(getattr(kernels, op)(*args, **kwargs)),
+            _all(eager(*args, **kwargs)),
+            _all(eager(*to_double(args), **to_double(kwargs))),
+            strict=True,
+        ):
+            row = compare(op, *results)
+            assert row.passed, row
         function = getattr(kernels if provider == "fastunet" else reference, op)
 
         def call():
@@ -39,3 +47,7 @@ def time_op(benchmark):
         benchmark.pedantic(call, rounds=20, warmup_rounds=3)
 
     return run
+
+
+def _all(results):
+    return results if isinstance(results, tuple) else (results,)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("fastunet", "torch", "triton", "numpy", "einops", "safetensors", "diffusers")
-OPS = ("group_norm", "attention", "add_time_embedding")
+OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ back: it runs or raises.
 """
 
 import contextlib
-import contextvars
 import functools
 import math
 import os
@@ -18,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastunet.kernels import reference
 
 BACKENDS = ("auto", "triton", "torch")
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,20 +34,21 @@ def _checked(backend: str, name: str = "backend") -> str:
     return backend
 
 
-_initial = _checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND")
-_ambient = contextvars.ContextVar("fastunet_backend", default=_initial)
+# What "auto" stands for, innermost last. Not one stack a thread: autograd recomputes a checkpointed
+# forward in threads of its own, and torch.compile can guard a list but no ContextVar.
+_ambient = [_checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND")]
 _broken: dict[tuple[Any, ...], str] = {}  # (op, device, dtypes and sizes) -> why it can't launch
 _ran: list[tuple[str, str]] | None = None  # (op, backend) of each call, while somebody records
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Within the block and in this thread, ops called with ``backend="auto"`` run on this one."""
-    token = _ambient.set(_checked(backend))
+    """Within the block, and in all threads, ops called with ``backend="auto"`` run on this one."""
+    _ambient.append(_checked(backend))
     try:
         yield
     finally:
-        _ambient.reset(token)
+        _ambient.pop()
 
 
 @contextlib.contextmanager
@@ -60,25 +62,23 @@ def recording() -> Iterator[list[tuple[str, str]]]:
         _ran = before
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace a ContextVar
-def _ambient_backend() -> str:
-    return _ambient.get()
-
-
 def asked(backend: str) -> str:
     """What "auto" stands for within use_backend; any other backend is itself."""
-    return _ambient_backend() if _checked(backend) == "auto" else backend
+    return _ambient[-1] if _checked(backend) == "auto" else backend
 
 
 def note(op: str, backend: str) -> None:
     """Tell who records; nobody does while a graph is traced."""
-    if _ran is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _ran is not None:
         _ran.append((op, backend))
 
 
 def is_broken(op: str, tensors: list[Tensor] | None = None) -> bool:
-    """Whether the op's kernel did not compile for such tensors, or for any."""
-    if not _broken:
+    """Whether the op's kernel did not compile for such tensors, or for any.
+
+    A graph that is traced does not ask: the op in it does, on each run.
+    """
+    if torch.compiler.is_compiling() or not _broken:
         return False
     if tensors is None:
         return any(case[0] == op for case in _broken)
@@ -90,17 +90,29 @@ def breaks(op: str, tensors: list[Tensor], failure: Exception) -> None:
     why = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
     if not is_broken(op):
         text = f"the Triton kernel of {op} does not compile here, PyTorch runs instead ({why})"
-        warnings.warn(text, RuntimeWarning, stacklevel=5)
+        warnings.warn(text, RuntimeWarning, stacklevel=_callers_level())
     _broken[_case(op, tensors)] = why
+
+
+def _callers_level() -> int:
+    """How far above `breaks` the frame of whoever called us stands."""
+    level, frame = 1, sys._getframe(1)
+    # What torch.compile writes has no name.
+    while frame.f_globals.get("__name__", "torch").split(".")[0] in ("fastunet", "torch"):
+        if frame.f_back is None:
+            break
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _case(op: str, tensors: list[Tensor]) -> tuple[Any, ...]:
     return op, tensors[0].device, *((t.dtype, t.shape[1:]) for t in tensors)
 
 
-def on_its_device(launcher: Callable[..., Any], args: Sequence[Any], **options: Any) -> Any:
-    """Triton launches on the current device: make it that of the first tensor."""
-    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+def on_its_device(
+    device: torch.device, launcher: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """Triton launches on the current device: make it that of the tensors."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launcher(*args, **options)
@@ -112,18 +124,17 @@ def why_not_triton(tensors: list[Tensor], by_name: bool = False) -> str | None:
 
     fp64 is for proofs of the gradients: in the interpreter, and only where it is asked for by name.
     """
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES and not (dtype == torch.float64 and by_name and interpreted()):
-        return f"its kernels take fp32, fp16 and bf16, got {dtype}"
-    if not torch.compiler.is_compiling() and any(type(t) not in (Tensor, Parameter) or _is_wrapped(t) for t in tensors):
-        return "its kernels take plain tensors, no subclass and none inside vmap, jvp or a trace"
-    device = tensors[0].device.type
+    device, dtype = tensors[0].device.type, tensors[0].dtype
     if device == "cpu" and not interpreted():
         return "cpu tensors run only in the interpreter (TRITON_INTERPRET=1)"
     if device not in ("cpu", "cuda"):
         return f"its kernels take tensors on a GPU, got {device}"
+    if dtype not in DTYPES and not (dtype == torch.float64 and by_name and interpreted()):
+        return f"its kernels take fp32, fp16 and bf16, got {dtype}"
     if device == "cpu" and any(t.dtype == torch.bfloat16 for t in tensors) and not _faithful():
         return "bf16 in the interpreter is wrong without fastunet.interpreter.make_faithful()"
+    if not _plain(tensors):
+        return "its kernels take plain tensors, no subclass and none inside vmap, jvp or a trace"
     return None
 
 
@@ -131,12 +142,33 @@ def wants_gradient(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Inside a functorch transform, with a forward-mode tangent, or while TorchScript records."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if functorch.is_functorch_wrapped_tensor(tensor) or torch._C._get_tracing_state() is not None:
+def is_watched(tensors: list[Tensor]) -> bool:
+    """Whether somebody must see the op: autograd, torch.compile, or a mode such as make_fx's."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return wants_gradient(tensors)
+
+
+def is_transformed(tensors: list[Tensor]) -> bool:
+    """Whether any is inside a transform of torch.func, or has a forward-mode tangent."""
+    if forward_ad._current_level < 0 and _functorch.peek_interpreter_stack() is None:
+        return False
+    return _transformed(tensors)
+
+
+@torch._disable_dynamo  # where it gives up on a transform, it tries the functions inside
+def _transformed(tensors: list[Tensor]) -> bool:
+    if any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    if torch.compiler.is_compiling():  # the registered op looks for transforms
+        return all(type(t) in (Tensor, Parameter, FakeTensor) for t in tensors)
+    if any(type(t) not in (Tensor, Parameter) for t in tensors):
+        return False
+    return torch._C._get_tracing_state() is None and not is_transformed(tensors)
 
 
 def _faithful() -> bool:
@@ -150,7 +182,7 @@ def interpreted() -> bool:
 
 def backend_of(op: str) -> tuple[str, str]:
     """(backend, reason) of an inference call of ``op`` with ``backend="auto"`` on this machine."""
-    ambient = _ambient.get()
+    ambient = _ambient[-1]
     if ambient != "auto":
         return ambient, f"FASTUNET_BACKEND or use_backend asks for {ambient}"
     try:
@@ -179,13 +211,6 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def on_stream_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """For another thread, which would start on the default stream."""
-    if not tensor.is_cuda:
-        return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.current_stream(tensor.device))
-
-
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; 1 in the interpreter, where programs run in turn."""
     return _multiprocessors(tensor.device.index) if tensor.is_cuda else 1
@@ -201,7 +226,8 @@ def rows(x: Tensor) -> Tensor:
     shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     try:
         view = x.view(shape)
-    except RuntimeError:  # the dimensions of space do not collapse into one
+    # The dimensions of space do not collapse into one; a fake tensor says so by a ValueError.
+    except (RuntimeError, ValueError):
         return x.contiguous().view(shape)
     dense = any(view.stride(dim) == 1 or shape[dim] == 1 for dim in (1, 2))
     return view if dense else x.contiguous().view(shape)
@@ -219,12 +245,21 @@ def empty_like_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def tokens(x: Tensor) -> Tensor:
+    """x [*, D] as [rows, D] with the features dense and any stride between rows, else a copy."""
+    shape = (math.prod(x.shape[:-1]), x.shape[-1])
+    try:
+        view = x.view(shape)
+    except RuntimeError:  # the leading dimensions do not collapse into one
+        return x.contiguous().view(shape)
+    return view if view.stride(1) == 1 or shape[1] == 1 else x.contiguous().view(shape)
+
+
 def without_triton(op: str) -> Callable[..., Tensor]:
     """The public op where Triton is not installed: the reference, or an error for "triton"."""
 
     def call(*args: Any, backend: str = "auto", **kwargs: Any) -> Tensor:
-        asked = _ambient.get() if _checked(backend) == "auto" else backend
-        if asked == "triton":
+        if asked(backend) == "triton":
             raise NotImplementedError(f"{op} on backend 'triton': Triton is not installed")
         return getattr(reference, op)(*args, **kwargs)
 

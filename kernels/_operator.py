@@ -1,12 +1,19 @@
 """An op as PyTorch knows it: which backend a call takes, its registration, and its gradients.
 
-A call that nobody differentiates or compiles goes straight to the launcher. Every other one goes
-through torch.ops.fastunet, which autograd, torch.compile and torch.export know how to handle.
+A call that nobody differentiates, compiles or watches goes straight to the launcher. Every other
+one goes through torch.ops.fastunet, which autograd, torch.compile and torch.export know:
+
+    public function -> Operator.__call__ -+-> launcher                                   inference
+                                          +-> torch.ops.fastunet.x                       the rest
+                                          |     autograd: _differentiate   kernel: _run_forward
+                                          +-> the reference                CPU, or nothing fits
+
+and backwards _Gradients.backward -> torch.ops.fastunet.x_backward -> _run_backward. Where a kernel
+does not compile and nobody asked for it by name, _run_forward and _run_backward compute with the
+reference what the kernel would have: a compiled graph that holds the op stays right.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +22,9 @@ from torch import Tensor
 from fastunet.kernels import _launch, reference
 
 Launcher = Callable[..., Any]
+_LIBRARY = torch.library.Library("fastunet", "FRAGMENT")
+# Fakes promise strides for the strides that they see, so Inductor must not choose others.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 class Operator:
@@ -59,24 +69,19 @@ class Operator:
         self.names = [argument.split()[-1] for argument in arguments.split(", ")]
         self.gradients = [(self.names.index(name), index) for name, index in gradients.items()]
         self.forward, self.fake, self.keep = forward, fake, keep
-        self.backward, self.again = backward, again
-        returned = results + saved
-        output = "Tensor" if returned == 1 else f"({', '.join(['Tensor'] * returned)})"
+        self.backward, self.fake_backward, self.again = backward, fake_backward, again
+        outputs = ", ".join(["Tensor"] * (results + saved))
         grads = "Tensor grad" if results == 1 else "Tensor? grad0, Tensor? grad1"
-        op = torch.library.custom_op(
-            f"fastunet::{name}", self._run_forward, mutates_args=(),
-            schema=f"({arguments}, bool fallback) -> {output}",
+        self.registered = _register(
+            name, f"({arguments}, bool fallback) -> ({outputs})",
+            kernel=self._run_forward, autograd=self._differentiate,
+            fake=lambda *args: _one_or_all(fake(*args[:-1])),
         )  # fmt: skip
-        op.register_fake(lambda *args: _one_or_all(fake(*args[:-1])))
-        op.register_autograd(self._gradients, setup_context=self._set_up)
-        backward_op = torch.library.custom_op(
-            f"fastunet::{name}_backward", self._run_backward, mutates_args=(),
-            schema=f"({grads}, {kept}, bool[] needs, bool fallback) -> Tensor[]",
+        self.registered_backward = _register(
+            f"{name}_backward", f"({grads}, {kept}, bool[] needs, bool fallback) -> Tensor[]",
+            kernel=self._run_backward, autograd=self._refuse_second_derivative,
+            fake=lambda *args: fake_backward(*args[:-1]),
         )  # fmt: skip
-        backward_op.register_fake(lambda *args: fake_backward(*args[:-1]))
-        backward_op.register_autograd(self._refuse_second_derivative)
-        self.registered = getattr(torch.ops.fastunet, name).default
-        self.registered_backward = getattr(torch.ops.fastunet, f"{name}_backward").default
 
     def __call__(
         self, backend: str, *args: Any, unfit: str | None = None, vendor: bool = False
@@ -93,96 +98,197 @@ class Operator:
             return self._reference(args)
         tensors = _tensors(args)
         reason = unfit or _launch.why_not_triton(tensors, by_name=asked == "triton")
-        if asked == "triton":
-            if reason:
-                raise NotImplementedError(f"{self.name} on backend 'triton': {reason}")
-        elif reason or vendor or _launch.is_broken(self.name, tensors):
-            return self._reference(args)
         fallback = asked == "auto"
-        if torch.compiler.is_compiling() or _launch.wants_gradient(tensors):
-            results = self.registered(*args, fallback)
-            results = (results,) if isinstance(results, Tensor) else results
+        if reason and not fallback:
+            raise NotImplementedError(f"{self.name} on backend 'triton': {reason}")
+        if reason or (fallback and (vendor or _launch.is_broken(self.name, tensors))):
+            return self._reference(args)
+        if _launch.is_watched(tensors):
+            results = _all(self.registered(*args, fallback))
         else:
-            results = self._attempt(args, fallback, save=False)
+            results = self._attempt(self.name, self.forward, args, tensors, fallback, save=False)
+            if results is None:
+                return self._reference(args)
         return results[0] if self.results == 1 else tuple(results[: self.results])
 
     def _reference(self, args: Sequence[Any]) -> Any:
         _launch.note(self.name, "torch")
+        return self._in_pytorch(args)
+
+    def _in_pytorch(self, args: Sequence[Any]) -> Any:
         return getattr(reference, self.name)(**dict(zip(self.names, args, strict=True)))
 
-    def _run_forward(self, *args: Any) -> Any:
-        *inputs, fallback = args
-        return _one_or_all(self._attempt(inputs, fallback, save=True))
-
-    def _attempt(self, args: Sequence[Any], fallback: bool, *, save: bool) -> tuple[Any, ...]:
+    def _attempt(
+        self, name: str, launcher: Launcher, args: Sequence[Any], tensors: list[Tensor],
+        fallback: bool, **options: Any,
+    ) -> Any:  # fmt: skip
+        """What the launcher returns; None where its kernel does not compile and may fall back."""
         try:
-            results = _launch.on_its_device(self.forward, args, save=save)
-            _launch.note(self.name, "triton")
-            return results
+            results = _launch.on_its_device(tensors[0].device, launcher, args, options)
         except Exception as failure:
             if not (fallback and _launch.is_compile_failure(failure)):
                 raise
-            _launch.breaks(self.name, _tensors(args), failure)
-        results = _all(self._reference(args))
-        # Nobody reads what is left unwritten here: the backward of a broken op is the reference's.
-        return (*results, *self.fake(*args)[self.results :]) if save else results
+            _launch.breaks(name, tensors, failure)
+            return None
+        if launcher is self.forward:
+            _launch.note(name, "triton")
+        return results
 
-    def _set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # torch.ops.fastunet.<name>
+
+    def _differentiate(self, keyset: Any, *args: Any) -> Any:
+        tensors = _tensors(args)
+        if _launch.is_transformed(tensors):  # torch.compile cannot see it when it traces the call
+            if not args[-1]:
+                raise NotImplementedError(
+                    f"{self.name} on backend 'triton': its kernels take no tensor inside jvp, vjp "
+                    "or vmap"
+                )
+            results = _all(self._reference(args[:-1]))
+            return _one_or_all((*results, *self.fake(*args[:-1])[self.results :]))
+        if _launch.wants_gradient(tensors):
+            return _Gradients.apply(self, keyset, *args)
+        return _below_autograd(self.registered, keyset, args)
+
+    def _run_forward(self, *args: Any) -> Any:
+        *inputs, fallback = args
+        tensors, results = _tensors(inputs), None
+        if not (fallback and _launch.is_broken(self.name, tensors)):
+            results = self._attempt(self.name, self.forward, inputs, tensors, fallback, save=True)
+        if results is None:
+            results = self.fake(*inputs)
+            # What is saved stays unwritten: the backward of a broken op does not read it.
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                _write(results[: self.results], _all(self._reference(inputs)))
+        return _one_or_all(results)
+
+    # torch.ops.fastunet.<name>_backward
+
+    def set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = _all(output)
         kept = self.keep(inputs[:-1], results)
-        ctx.save_for_backward(*_tensors(kept))
-        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in kept]
+        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in kept])
+        ctx.others = [None if isinstance(value, Tensor) else value for value in kept]
         ctx.fallback = inputs[-1]
         ctx.mark_non_differentiable(*results[self.results :])
         ctx.set_materialize_grads(False)
 
-    def _gradients(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors)
-        kept = [next(tensors) if other is None else other[0] for other in ctx.others]
-        wanted = [(at, index) for at, index in self.gradients if ctx.needs_input_grad[at]]
+    def gradients_of(
+        self, ctx: Any, wanted: Sequence[bool], grads: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The gradient of each argument, None where it is not wanted."""
+        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
+        kept = [other if tensor is None else tensor for tensor, other in saved]
         needs = [False] * (1 + max(index for _, index in self.gradients))
-        for _, index in wanted:
-            if index >= 0:
+        for at, index in self.gradients:
+            if wanted[at] and index >= 0:
                 needs[index] = True
         found = {-1: grads[0]}
         if any(needs) and any(grad is not None for grad in grads):
             results = self.registered_backward(*grads[: self.results], *kept, needs, ctx.fallback)
             found.update(zip(_positions(needs), results, strict=True))
-        gradients: list[Tensor | None] = [None] * (len(self.names) + 1)
-        for at, index in wanted:
-            gradients[at] = found.get(index)
-        return tuple(gradients)
+        gradients: list[Tensor | None] = [None] * len(wanted)
+        for at, index in self.gradients:
+            if wanted[at]:
+                gradients[at] = found.get(index)
+        return gradients
+
+    def _refuse_second_derivative(self, keyset: Any, *args: Any) -> Any:
+        tensors = _tensors(args)
+        if _launch.is_transformed(tensors):
+            raise NotImplementedError(_no_second_derivative(self.name))
+        if _launch.wants_gradient(tensors):
+            return list(_NoGradients.apply(self, keyset, *args))
+        return _below_autograd(self.registered_backward, keyset, args)
 
     def _run_backward(self, *args: Any) -> list[Tensor]:
         *inputs, needs, fallback = args
-        if not (fallback and _launch.is_broken(self.name)):
-            try:
-                return _launch.on_its_device(self.backward, inputs, needs=needs)
-            except Exception as failure:
-                if not (fallback and _launch.is_compile_failure(failure)):
-                    raise
-                _launch.breaks(self.name, _tensors(inputs), failure)
-        # Within an op autograd records nothing; in a thread of its own it does.
-        with ThreadPoolExecutor(1) as thread:
-            stream = _launch.on_stream_of(_tensors(inputs)[0])
-            return thread.submit(self._differentiate_reference, inputs, needs, stream).result()
+        name, tensors, results = f"{self.name}_backward", _tensors(inputs), None
+        # A forward that fell back saved nothing to go on with; which one it was is not known here.
+        broken = _launch.is_broken(self.name) or _launch.is_broken(name, tensors)
+        if not (fallback and broken):
+            results = self._attempt(name, self.backward, inputs, tensors, fallback, needs=needs)
+        if results is None:
+            results = self.fake_backward(*inputs, needs)
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                _write(results, self._gradients_of_reference(inputs, needs))
+        return results
 
-    def _differentiate_reference(
-        self, inputs: Sequence[Any], needs: list[bool], stream: AbstractContextManager[Any]
-    ) -> list[Tensor]:
-        grads = inputs[: self.results]
-        args = [a.detach() if isinstance(a, Tensor) else a for a in self.again(*inputs)]
+    def _gradients_of_reference(self, inputs: Sequence[Any], needs: list[bool]) -> list[Tensor]:
+        grads, args = inputs[: self.results], list(self.again(*inputs))
         at = {index: at for at, index in self.gradients}
-        leaves = [args[at[index]].requires_grad_() for index in _positions(needs)]
-        with stream, torch.enable_grad():
-            results = zip(_all(self._reference(args)), grads, strict=True)
-            outputs = [(result, grad) for result, grad in results if grad is not None]
-            return list(torch.autograd.grad([o for o, _ in outputs], leaves, [g for _, g in outputs]))
+        leaves = [at[index] for index in _positions(needs)]
 
-    def _refuse_second_derivative(self, ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(
-            f"{self.name}: its kernels have no second derivative; call it with backend='torch'"
-        )
+        def call(*values: Tensor) -> tuple[Tensor, ...]:
+            for position, value in zip(leaves, values, strict=True):
+                args[position] = value
+            results = _all(self._in_pytorch(args))
+            return tuple(r for r, grad in zip(results, grads, strict=True) if grad is not None)
+
+        # Inside an op autograd records nothing, but torch.func does. (So would a thread, and wait
+        # for ever: on a GPU autograd has one thread a device, which is busy with this very op.)
+        _, pull_back = torch.func.vjp(call, *[args[position] for position in leaves])
+        return pull_back(tuple(grad for grad in grads if grad is not None))
+
+
+class _Gradients(torch.autograd.Function):
+    """torch.ops.fastunet.<name>, recorded: (operator, dispatch keys, *arguments)."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, keyset: Any, *args: Any) -> Any:
+        ctx.operator = operator
+        output = _below_autograd(operator.registered, keyset, args)
+        operator.set_up(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, *ctx.operator.gradients_of(ctx, ctx.needs_input_grad[2:], grads)
+
+
+class _NoGradients(torch.autograd.Function):
+    """torch.ops.fastunet.<name>_backward, recorded so that whoever differentiates it is told."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, keyset: Any, *args: Any) -> Any:
+        ctx.name = operator.name
+        return tuple(_below_autograd(operator.registered_backward, keyset, args))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(_no_second_derivative(ctx.name))
+
+
+def _register(
+    name: str, schema: str, kernel: Callable[..., Any], autograd: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Any:  # fmt: skip
+    """Define torch.ops.fastunet.<name>.
+
+    torch.library.custom_op would do, but for forward mode: it drops tangents without a word.
+    """
+    # torch.compile may meet them as frames of their own, where a graph broke: not to be traced.
+    run = torch._disable_dynamo(lambda *args: kernel(*args))
+    record = torch._disable_dynamo(lambda *args: autograd(*args))
+    _LIBRARY.define(name + schema, tags=_TAGS)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, record, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"fastunet::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastunet, name).default
+
+
+def _below_autograd(op: Any, keyset: Any, args: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _no_second_derivative(name: str) -> str:
+    return f"{name}: its kernels have no second derivative; call it with backend='torch'"
+
+
+def _write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

@@ -1,57 +1,45 @@
-"""softmax(query key^T * scale) value for every head, without the score matrix in memory.
+"""softmax(query key^T * scale + mask) value for every head, without the score matrix in memory.
 
-    p = exp2(s - max(s)),  s = query key^T * scale * log2(e)      out = p value / sum(p)
+    p = exp(s - max(s)),  s = query key^T * scale + mask           out = p value / sum(p)
 
 One program owns BLOCK_M queries of one head of one sample. Contexts of up to 128 keys (77 in Stable
 Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones, and all in fp32, stream
 through in tiles of BLOCK_N keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et
-al. 2022).
+al. 2022). A row whose every key is masked gives zeros.
 
-A size that is no power of two is two tiles rather than one padded up: head dims 40 = 32 + 16 (8 of
-them masked), 80 = 64 + 16, 160 = 128 + 32, and 77 keys = 64 + 16. Scores are then sums of two
+A size that is no power of two is two tiles: see _attention_tile. Scores are then sums of two
 products, and the output is two accumulators. Heads are read in place, [B, L, H*D] by stride: no
-transpose before or after.
+transpose before or after. The gradients are in attention_backward.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
-
-
-@triton.jit
-def _tile(ptr, row, rows, stride, first, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """[row, D] values of one head from column ``first`` on; zero past the last row or column."""
-    column = (first + tl.arange(0, D))[None, :]
-    mask = (row < rows)[:, None] & (column < HEAD_DIM)
-    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + column, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tile(ptr, row, rows, stride, first, value, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    column = (first + tl.arange(0, D))[None, :]
-    mask = (row < rows)[:, None] & (column < HEAD_DIM)
-    at = ptr + row.to(tl.int64)[:, None] * stride + column
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _scores(
-    query1, query2, key_ptr, n, N, stride_kn, scale_log2e,
-    HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_M, n] in base 2, -inf past the last key."""
-    key1 = _tile(key_ptr, n, N, stride_kn, 0, HEAD_DIM, D1)
-    scores = tl.dot(query1, tl.trans(key1), input_precision=PRECISION)
-    if D2 > 0:
-        key2 = _tile(key_ptr, n, N, stride_kn, D1, HEAD_DIM, D2)
-        scores = tl.dot(query2, tl.trans(key2), scores, input_precision=PRECISION)
-    return tl.where((n < N)[None, :], scores * scale_log2e, float("-inf"))
+from fastunet.kernels._attention_tile import (
+    LOWEST,
+    ONE_TILE_KEYS,
+    _exp,
+    _row_scores,
+    _softmax,
+    _store_tile,
+    _store_tiles,
+    _tile,
+    _tiles,
+    _total,
+    dense_columns,
+    fp32_precision,
+    mask_arguments,
+    score_scale,
+    split,
+    streams,
+)
+from fastunet.kernels._operator import Operator
+from fastunet.kernels.attention_backward import backward, fake_backward
 
 
 @triton.jit
@@ -60,7 +48,8 @@ def _one_tile_kernel(
     query_ptr,  # [B, M, H*D], strides stride_qb, stride_qm, 1
     key_ptr,  # [B, N, H*D], strides stride_kb, stride_kn, 1
     value_ptr,  # [B, N, H*D], strides stride_vb, stride_vn, 1
-    scale_log2e,
+    mask_ptr,  # [B, H, M, N], strides stride_mb, stride_mh, stride_mm, stride_mn, or None
+    score_scale,
     M,
     N,
     stride_qb,
@@ -69,6 +58,10 @@ def _one_tile_kernel(
     stride_kn,
     stride_vb,
     stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D1: tl.constexpr,  # HEAD_DIM = D1 + D2 with the last lanes of D2 masked; D2 may be 0
@@ -76,6 +69,7 @@ def _one_tile_kernel(
     BLOCK_M: tl.constexpr,
     N1: tl.constexpr,  # N <= N1 + N2; N2 may be 0
     N2: tl.constexpr,
+    MASK: tl.constexpr,  # None, "boolean" or "additive"
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -86,29 +80,26 @@ def _one_tile_kernel(
     key_ptr += b * stride_kb + h * HEAD_DIM
     value_ptr += b * stride_vb + h * HEAD_DIM
     out_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
+    if MASK is not None:
+        mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh
 
-    query1 = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D1)
-    query2 = query1
-    if D2 > 0:
-        query2 = _tile(query_ptr, m, M, stride_qm, D1, HEAD_DIM, D2)
+    query1, query2 = _tiles(query_ptr, m, M, stride_qm, HEAD_DIM, D1, D2)
     n1 = tl.arange(0, N1)
-    p1 = _scores(
-        query1, query2, key_ptr, n1, N, stride_kn, scale_log2e, HEAD_DIM, D1, D2, PRECISION
-    )
-    highest = tl.max(p1, 1)
+    key1, key2 = _tiles(key_ptr, n1, N, stride_kn, HEAD_DIM, D1, D2)
+    scores1 = _row_scores(
+        query1, query2, key1, key2, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
+        D2, MASK, PRECISION,
+    )  # fmt: skip
+    scores2 = scores1
     if N2 > 0:
         n2 = N1 + tl.arange(0, N2)
-        p2 = _scores(
-            query1, query2, key_ptr, n2, N, stride_kn, scale_log2e, HEAD_DIM, D1, D2, PRECISION
-        )
-        highest = tl.maximum(highest, tl.max(p2, 1))
-    p1 = tl.exp2(p1 - highest[:, None])
-    total = tl.sum(p1, 1)
-    p1 = p1.to(query1.dtype)
-    if N2 > 0:
-        p2 = tl.exp2(p2 - highest[:, None])
-        total += tl.sum(p2, 1)
-        p2 = p2.to(query1.dtype)
+        key1, key2 = _tiles(key_ptr, n2, N, stride_kn, HEAD_DIM, D1, D2)
+        scores2 = _row_scores(
+            query1, query2, key1, key2, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
+            D2, MASK, PRECISION,
+        )  # fmt: skip
+    p1, p2, _, total = _softmax(scores1, scores2, N2, MASK)
+    p1, p2 = p1.to(query1.dtype), p2.to(query1.dtype)
 
     value = _tile(value_ptr, n1, N, stride_vn, 0, HEAD_DIM, D1)
     out1 = tl.dot(p1, value, input_precision=PRECISION)
@@ -128,10 +119,12 @@ def _one_tile_kernel(
 @triton.jit
 def _streaming_kernel(
     out_ptr,  # [B, M, H*D] contiguous
+    statistics_ptr,  # [B, H, 2, M] contiguous: of each row the base and 1 / sum(p); or None
     query_ptr,  # [B, M, H*D], strides stride_qb, stride_qm, 1
     key_ptr,  # [B, N, H*D], strides stride_kb, stride_kn, 1
     value_ptr,  # [B, N, H*D], strides stride_vb, stride_vn, 1
-    scale_log2e,
+    mask_ptr,  # [B, H, M, N], strides stride_mb, stride_mh, stride_mm, stride_mn, or None
+    score_scale,
     M,
     N,
     stride_qb,
@@ -140,12 +133,18 @@ def _streaming_kernel(
     stride_kn,
     stride_vb,
     stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D1: tl.constexpr,  # HEAD_DIM = D1 + D2 with the last lanes of D2 masked; D2 may be 0
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr,  # None, "boolean" or "additive"
+    ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -156,38 +155,42 @@ def _streaming_kernel(
     key_ptr += b * stride_kb + h * HEAD_DIM
     value_ptr += b * stride_vb + h * HEAD_DIM
     out_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
+    if MASK is not None:
+        mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh
 
-    query1 = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D1)
-    query2 = query1
+    query1, query2 = _tiles(query_ptr, m, M, stride_qm, HEAD_DIM, D1, D2)
+    out1 = tl.zeros([BLOCK_M, D1], ACC)
+    out2 = out1
     if D2 > 0:
-        query2 = _tile(query_ptr, m, M, stride_qm, D1, HEAD_DIM, D2)
-    out1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    if D2 > 0:
-        out2 = tl.zeros([BLOCK_M, D2], tl.float32)
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+        out2 = tl.zeros([BLOCK_M, D2], ACC)
+    base = tl.full([BLOCK_M], LOWEST, ACC)
+    total = tl.zeros([BLOCK_M], ACC)
 
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        scores = _scores(
-            query1, query2, key_ptr, n, N, stride_kn, scale_log2e, HEAD_DIM, D1, D2, PRECISION
-        )
-        # Each tile holds at least one key, so the maximum is -inf only where a score is.
-        risen = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.exp2(scores - risen[:, None])
-        shrink = tl.exp2(highest - risen)
-        highest = risen
+        key1, key2 = _tiles(key_ptr, n, N, stride_kn, HEAD_DIM, D1, D2)
+        scores = _row_scores(
+            query1, query2, key1, key2, score_scale, m, M, n, N, mask_ptr, stride_mm, stride_mn,
+            D2, MASK, PRECISION,
+        )  # fmt: skip
+        risen = tl.maximum(base, tl.max(scores, 1))
+        p = _exp(scores - risen[:, None], MASK)
+        shrink = _exp(base - risen, MASK)
+        base = risen
         total = total * shrink + tl.sum(p, 1)
         p = p.to(query1.dtype)
-        value1 = _tile(value_ptr, n, N, stride_vn, 0, HEAD_DIM, D1)
+        value1, value2 = _tiles(value_ptr, n, N, stride_vn, HEAD_DIM, D1, D2)
         out1 = tl.dot(p, value1, out1 * shrink[:, None], input_precision=PRECISION)
         if D2 > 0:
-            value2 = _tile(value_ptr, n, N, stride_vn, D1, HEAD_DIM, D2)
             out2 = tl.dot(p, value2, out2 * shrink[:, None], input_precision=PRECISION)
 
-    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1 / total[:, None], HEAD_DIM, D1)
-    if D2 > 0:
-        _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2 / total[:, None], HEAD_DIM, D2)
+    total = _total(total)
+    if statistics_ptr is not None:
+        row = statistics_ptr + (b * HEADS + h) * 2 * M + m
+        tl.store(row, base, mask=m < M)
+        tl.store(row + M, 1 / total, mask=m < M)
+    out1, out2 = out1 / total[:, None], out2 / total[:, None]
+    _store_tiles(out_ptr, m, M, HEADS * HEAD_DIM, out1, out2, HEAD_DIM, D1, D2)
 
 
 class Tile(NamedTuple):
@@ -198,10 +201,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-ONE_TILE_KEYS = 128  # up to here the whole context is one tile
-
-
-def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
+def launch_table(keys: int, head_dim: int, itemsize: int, masked: bool = False) -> Tile:
     """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory."""
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
         return Tile(False, 32, 32 if head_dim <= 160 else 16, num_warps=8, num_stages=1)
@@ -214,51 +214,77 @@ def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
     return Tile(False, queries, 64 if head_dim <= 160 else 32, num_warps=8, num_stages=2)
 
 
-def split(size: int) -> tuple[int, int]:
-    """Two powers of two from 16 up, the second perhaps 0, that hold ``size`` with few to spare."""
-    first = max(1 << (size.bit_length() - 1), 16)
-    if size <= first:
-        return first, 0
-    second = max(triton.next_power_of_2(size - first), 16)
-    return (2 * first, 0) if second == first else (first, second)
-
-
-def fp32_precision(tensor: Tensor) -> str:
-    """fp32 products are fp32, unless PyTorch has been told that TF32 will do for matmuls."""
-    if tensor.dtype != torch.float32 or torch.version.hip:  # most AMD targets have no TF32
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and up, where the older switch may raise
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def _launch_attention(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, *, scale: float | None
-) -> Tensor:
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    scale: float | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
     batch, queries, width = query.shape
-    out = query.new_empty(query.shape)
+    keys, head_dim = key.shape[1], width // heads
+    out, statistics = _fake(query, key, value, heads, mask, scale)
     if out.numel() == 0:
-        return out
-    head_dim = width // heads
-    query, key, value = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
-    scale_log2e = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
+        return out, statistics
+    query, key, value = (dense_columns(t) for t in (query, key, value))
+    mask, mask_strides, mask_kind = mask_arguments(mask, batch, heads, queries, keys)
+    _, scale = score_scale(head_dim, scale, mask)
     d1, d2 = split(head_dim)
-    tile = launch_table(key.shape[1], head_dim, query.element_size())
+    tile = launch_table(keys, head_dim, query.element_size(), mask is not None)
+    grid = (batch * heads * triton.cdiv(queries, tile.queries),)
     if tile.one_tile:
         n1, n2 = split(tile.keys)
-        kernel, keys = _one_tile_kernel, {"N1": n1, "N2": n2}
+        kernel, outputs, sizes = _one_tile_kernel, (out,), {"N1": n1, "N2": n2}
     else:
-        kernel, keys = _streaming_kernel, {"BLOCK_N": tile.keys}
-    grid = (batch * heads * triton.cdiv(queries, tile.queries),)
+        kernel, outputs = _streaming_kernel, (out, statistics if save else None)
+        sizes = {"BLOCK_N": tile.keys, "ACC": _launch.accumulator(query)}
     kernel[grid](
-        out, query, key, value, scale_log2e, queries, key.shape[1],
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2,
-        BLOCK_M=tile.queries, **keys, PRECISION=fp32_precision(query),
+        *outputs, query, key, value, mask, scale, queries, keys,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *mask_strides,
+        HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2, BLOCK_M=tile.queries, **sizes,
+        MASK=mask_kind, PRECISION=fp32_precision(query),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
+    return out, statistics
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, statistics of the rows, where the backward pass reads any)."""
+    batch, queries, _ = query.shape
+    statistics = (batch, heads, 2, queries) if streams(query, key) else (0,)
+    return query.new_empty(query.shape), query.new_empty(statistics, dtype=_launch.wide(query))
+
+
+def _keep(args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Up to one tile of keys the sum of p * dp is summed as such, beyond as out * d_out."""
+    query, key = args[:2]
+    out = results[0] if key.shape[1] > ONE_TILE_KEYS else None
+    return (*args, out, results[1] if streams(query, key) else None)
+
+
+_operator = Operator(
+    "attention",
+    "Tensor query, Tensor key, Tensor value, int heads, Tensor? mask, float? scale",
+    {"query": 0, "key": 1, "value": 2},
+    forward=_forward,
+    saved=1,
+    fake=_fake,
+    keep=_keep,
+    kept="Tensor query, Tensor key, Tensor value, int heads, Tensor? mask, float? scale, "
+    "Tensor? out, Tensor? statistics",
+    backward=backward,
+    fake_backward=fake_backward,
+    again=lambda grad, *kept: kept[:-2],
+)
 
 
 def attention(
@@ -267,6 +293,7 @@ def attention(
     value: Tensor,
     heads: int,
     *,
+    mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -280,6 +307,9 @@ def attention(
         query: [B, M, H*D], fp32, fp16 or bf16; any strides, best with the last dim dense.
         key, value: [B, N, H*D] in query's dtype; likewise.
         heads: H. The head dim D may be any multiple of 8 up to 256 (else PyTorch's kernel runs).
+        mask: broadcastable to [B, H, M, N] with 2 to 4 dims: boolean, True where a query sees a
+            key, or in query's dtype, added to the scaled scores. A query that sees no key gives 0.
+            One that requires a gradient runs on PyTorch's kernel.
         scale: multiplies the scores; None is D**-0.5.
         backend: "auto", "triton" or "torch"; see docs/architecture.md.
 
@@ -290,12 +320,14 @@ def attention(
         ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
-    _checks.attention(query, key, value, heads, scale)
+    _checks.attention(query, key, value, heads, mask, scale)
     head_dim = query.shape[2] // heads
     unfit = None
     if head_dim % 8 or head_dim > 256:
         unfit = f"head dim ({head_dim}) must be a multiple of 8 up to 256"
-    return _launch.run(
-        "attention", _launch_attention, backend, (query, key, value, heads), {"scale": scale},
+    elif mask is not None and _launch.wants_gradient([mask]):
+        unfit = "its backward kernel gives no gradient of mask"
+    return _operator(
+        backend, query, key, value, heads, mask, scale,
         unfit=unfit, vendor=key.shape[1] > ONE_TILE_KEYS,
     )  # fmt: skip

@@ -101,5 +101,17 @@ def attention(
         yield Swap(site, layer, fused, ("cross_attention" if is_cross else "self_attention",))
 
 
+def geglu(
+    site: str, layer: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    """The gate of a feed-forward net. Its projection is called, whatever it is."""
+    if type(layer) not in (plain, fused):
+        yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
+    elif "forward" in layer.__dict__:
+        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    else:
+        yield Swap(site, layer, fused, ("geglu",))
+
+
 def _free(module: object, plain: type[nn.Module], fused: type[nn.Module]) -> bool:
     return is_plain(module, plain) or is_plain(module, fused)

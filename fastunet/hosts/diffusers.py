@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from fastunet import kernels
 from fastunet.hosts import Left, Swap, _sites, join
 from fastunet.nn.attention import attend, extra_part
 from fastunet.nn.resnet import residual, unlike_plain
@@ -39,6 +41,14 @@ class FusedAttention(Attention):
         )
 
 
+class FusedGEGLU(GEGLU):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # A deprecated `scale`, and a GELU put on the instance, are diffusers' own business.
+        if args or kwargs or "gelu" in self.__dict__:
+            return super().forward(hidden_states, *args, **kwargs)
+        return kernels.geglu(self.proj(hidden_states))
+
+
 def why_not(attention: Attention) -> tuple[str, str] | None:
     """(reason code, detail) of what keeps the layer from the fused attention, or None."""
     if type(attention.processor) is not AttnProcessor2_0:
@@ -57,6 +67,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         else:
             is_cross = module.is_cross_attention
             yield from _sites.attention(name, module, is_cross, Attention, FusedAttention)
+    elif isinstance(module, GEGLU):
+        yield from _sites.geglu(name, module, GEGLU, FusedGEGLU)
     elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
         yield from _sites.norm(join(name, "norm"), module.norm)
     elif isinstance(module, UNet2DConditionModel):

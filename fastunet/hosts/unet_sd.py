@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from fastunet import kernels
 from fastunet.hosts import Left, Swap, _sites, join
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
@@ -20,12 +21,19 @@ class FusedAttention(unet_sd.Attention):
         return attend(self, x, context)
 
 
+class FusedGEGLU(unet_sd.GEGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.geglu(self.proj(x))
+
+
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     if isinstance(module, unet_sd.ResnetBlock):
         yield from _sites.resnet(name, module, unet_sd.ResnetBlock, FusedResnetBlock)
     elif isinstance(module, unet_sd.Attention):
         is_cross = module.cross_attention
         yield from _sites.attention(name, module, is_cross, unet_sd.Attention, FusedAttention)
+    elif isinstance(module, unet_sd.GEGLU):
+        yield from _sites.geglu(name, module, unet_sd.GEGLU, FusedGEGLU)
     elif isinstance(module, unet_sd.Transformer):
         yield from _sites.norm(join(name, "norm"), module.norm)
     elif isinstance(module, unet_sd.UNet):

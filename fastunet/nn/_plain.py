@@ -3,6 +3,7 @@
 from typing import TypeGuard, TypeVar
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _module
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -23,4 +24,5 @@ def is_plain(child: object, kind: type[Layer]) -> TypeGuard[Layer]:
     if hooked or "forward" in child.__dict__:
         return False
     values = child._parameters.values()
-    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in values)
+    # torch.export traces with fakes of plain parameters.
+    return all(p is None or type(p) in (nn.Parameter, Tensor, FakeTensor) for p in values)

@@ -1,0 +1,11 @@
+"""The gate of the feed-forward nets, at batch 2."""
+
+import pytest
+
+from fastunet.testing import SHAPES
+
+
+@pytest.mark.parametrize("provider", ["eager", "fastunet"])
+@pytest.mark.parametrize("sizes", SHAPES["sd15"]["geglu"], ids=str)
+def bench_geglu(sizes, provider, time_op):
+    time_op("geglu", provider, sizes)

@@ -1,0 +1,47 @@
+"""LayerNorm with the residual connection's addition before it."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastunet import kernels
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """``x + residual`` and ``norm(x + residual)`` in one, where an addition and a norm stood."""
+
+    @classmethod
+    def from_layer(cls, norm: nn.LayerNorm) -> Self:
+        """Share ``norm``'s parameters, eps and mode.
+
+        Raises:
+            TypeError: ``norm`` is no ``nn.LayerNorm``.
+            ValueError: it is one over several dimensions.
+        """
+        if not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"norm must be an nn.LayerNorm, got {type(norm).__name__}")
+        shape = norm.normalized_shape
+        if len(shape) != 1:
+            raise ValueError(f"norm must be over the last dimension, got one over {list(shape)}")
+        fused = cls(shape, norm.eps, norm.elementwise_affine, device="meta")
+        fused.weight, fused.bias = norm.weight, norm.bias
+        return fused.train(norm.training)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x and residual [*, D] -> (x + residual, norm(x + residual)), each [*, D]."""
+        if x.shape[-1:] != self.normalized_shape:
+            raise ValueError(
+                f"x of shape {list(x.shape)} must end in normalized_shape "
+                f"{list(self.normalized_shape)}"
+            )
+        # As an addition does: 16 bits beside fp32, which autocast gives, are fp32.
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        weight, bias, wide = self.weight, self.bias, dtype
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            # Autocast runs layer_norm in fp32 on a GPU, and so does what replaces it.
+            weight, bias = (p if p is None else p.float() for p in (weight, bias))
+            wide = torch.float32
+        total, normed = kernels.add_layer_norm(
+            x.to(wide), residual.to(wide), weight, bias, self.eps
+        )
+        return total.to(dtype), normed

@@ -1,0 +1,138 @@
+"""Break the kernels in a hundred small ways, one at a time, and see how many ways go unseen.
+
+    python tests/tools/mutate.py [--count 120] [--seed 0] [--only group_norm]
+
+A mutant is a kernel file with one operator, comparison, stride, call, constant or statement inside
+an @triton.jit function changed. It is killed by the parity rule or by a sanitizer, on the cases of
+tests/kernels/test_mutants.py; one that does not run at all is not counted. A survivor must stand in
+EXPLAINED with the reason why it computes the same, or the tests have a gap.
+"""
+
+import argparse
+import ast
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+OPERATORS = {
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "%", ast.Mod: "//",
+    ast.BitAnd: "|", ast.BitOr: "&",
+}  # fmt: skip
+COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!="}
+CALLS = {
+    "tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.max": "tl.min",
+    "tl.exp2": "tl.exp", "tl.exp": "tl.exp2", "tl.log2": "tl.log", "tl.log": "tl.log2",
+    "tl.rsqrt": "tl.sqrt", "tl.sigmoid": "tl.exp", "tl.erf": "tl.sin",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    file: str  # of kernels/, without .py
+    line: int
+    text: str  # what stood there
+    instead: str
+    start: int  # of the text in the file
+    end: int
+
+    @property
+    def name(self) -> str:
+        """Without the line number, so that it outlives edits above it."""
+        return f"{self.file}: {self.text} -> {self.instead}"
+
+    def apply(self, source: str) -> str:
+        return source[: self.start] + self.instead + source[self.end :]
+
+
+def mutants(file: str, source: str) -> Iterator[Mutant]:
+    """Every mutant of one kernel file."""
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def at(node: ast.AST, end: bool = False) -> int:
+        line = source.splitlines()[(node.end_lineno if end else node.lineno) - 1]
+        column = node.end_col_offset if end else node.col_offset
+        return starts[(node.end_lineno if end else node.lineno) - 1] + len(
+            line.encode()[:column].decode()
+        )
+
+    def mutant(node: ast.AST, instead: str) -> Mutant:
+        start, end = at(node), at(node, end=True)
+        return Mutant(file, node.lineno, source[start:end], instead, start, end)
+
+    for function in ast.walk(ast.parse(source)):
+        decorators = getattr(function, "decorator_list", [])
+        if not any("triton.jit" in ast.unparse(d) for d in decorators):
+            continue
+        strides = [a.arg for a in function.args.args if a.arg.startswith("stride_")]
+        for node, parent in _walk(function):
+            yield from _mutate(node, parent, strides, source, at, mutant)
+
+
+def _walk(function: ast.FunctionDef) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """Nodes of the body and their parents, without what the computation does not depend on."""
+    todo: list[tuple[ast.AST, ast.AST]] = [(node, function) for node in function.body]
+    while todo:
+        node, parent = todo.pop(0)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        yield node, parent
+        for child in ast.iter_child_nodes(node):
+            # What a masked lane reads is masked again wherever it matters; indices such as
+            # [:, None] and the axis of a sum give kernels that do not compile.
+            if isinstance(child, ast.keyword) and child.arg in ("other", "input_precision"):
+                continue
+            if isinstance(node, ast.Subscript) and child is node.slice:
+                continue
+            todo.append((child, node))
+
+
+def _mutate(node, parent, strides, source, at, mutant) -> Iterator[Mutant]:
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = (source[at(side) : at(side, end=True)] for side in (node.left, node.right))
+        between = source[at(node.left, end=True) : at(node.right)]
+        symbol = between.strip("() \n")
+        yield mutant(
+            node, f"{source[at(node):at(node.left)]}{left}"
+            f"{between.replace(symbol, OPERATORS[type(node.op)])}"
+            f"{right}{source[at(node.right, end=True):at(node, end=True)]}",
+        )  # fmt: skip
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
+        yield mutant(node, f"{left} {COMPARISONS[type(node.ops[0])]} {right}")
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS:
+        yield mutant(node.func, CALLS[ast.unparse(node.func)])
+    elif isinstance(node, ast.Name) and node.id in strides:
+        others = [s for s in strides if s != node.id and s[:-1] == node.id[:-1]]
+        yield from (mutant(node, other) for other in others[:1])
+    elif isinstance(node, ast.AugAssign):
+        yield mutant(node, "pass")
+    elif isinstance(node, ast.If):
+        yield mutant(node.test, f"not ({ast.unparse(node.test)})")
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        is_axis = isinstance(parent, ast.Call) and ast.unparse(parent.func) in (
+            "tl.sum", "tl.max", "tl.arange", "tl.program_id", "tl.zeros",
+        )  # fmt: skip
+        if not is_axis:
+            yield mutant(node, "1" if node.value == 0 else "0")
+
+
+# Survivors that compute the same, by Mutant.name, and why.
+EXPLAINED: dict[str, str] = {}
+
+
+def verdict(mutant: Mutant) -> str:
+    """"killed", "survived", or the error of a mutant that does not run."""
+    planted = _planted()
+    source = (planted.KERNELS / f"{mutant.file}.py").read_text()
+    try:
+        planted.check_mutant(mutant.file, mutant.apply(source))
+    except planted.CAUGHT:
+        return "killed"
+    except Exception as error:
+        return f"does not run: {type(error).__name__}"
+    return "survived"
