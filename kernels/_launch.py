@@ -238,11 +238,12 @@ def is_channels_last(rows: Tensor) -> bool:
     return rows.shape[2] > 1 and rows.stride(2) != 1
 
 
-def empty_like_rows(x: Tensor, rows: Tensor) -> Tensor:
+def empty_like_rows(x: Tensor, rows: Tensor, channels: int | None = None) -> Tensor:
     """An unwritten tensor like x, channels_last if rows are and PyTorch has such a layout for x."""
+    samples, channels, space = x.shape[0], x.shape[1] if channels is None else channels, x.shape[2:]
     if is_channels_last(rows) and x.dim() in (4, 5):
-        return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1])).movedim(-1, 1)
-    return x.new_empty(x.shape)
+        return x.new_empty((samples, *space, channels)).movedim(-1, 1)
+    return x.new_empty((samples, channels, *space))
 
 
 def tokens(x: Tensor) -> Tensor:

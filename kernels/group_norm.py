@@ -1,253 +1,273 @@
-"""act(group_norm(x + shift)) for NCHW and for NHWC tensors, each kept as it is.
+"""act(scale_shift(group_norm(concat(x, skip) + shift))) for NCHW and for NHWC tensors, each kept as
+it is, or written as tokens.
 
-    u = x + shift[n, c]      mean, var over the channels of a group and all of space
-    y = act((u - mean) / sqrt(var + eps) * weight[c] + bias[c])
+    u = concat(x, skip) + shift[n, c]      mean, var over the channels of a group and all of space
+    v = (u - mean) / sqrt(var + eps) * weight[c] + bias[c]
+    y = act(v * (1 + scale[n, c]) + offset[n, c])                 scale, offset = the scale_shift
 
-One program owns whole groups of one sample (NCHW: one group; NHWC: a block of neighbouring groups,
-so that a row of its tile is one contiguous read) and reads them twice: once for the statistics,
-once to apply them. Where that would be too few programs to fill the GPU, space is cut into slices
-and the work into two launches: the first writes the statistics of each slice, one writer a place;
-in the second every program merges those of its groups and applies them to its slice.
+A program owns whole groups of one sample (NCHW: one group; NHWC: neighbouring ones, so that a row
+of its tile is one long contiguous read); see _group_norm_tile for how it walks them. The
+concatenation and the addition live in registers only.
 
-Each lane of a tile keeps its own running mean and sum of squared deviations (Welford 1962); lanes
-and slices are merged once, at the end (Chan et al. 1979). Nothing ever subtracts E[x]^2 from
-E[x^2], and a mean is a guess plus its correction, two fp32 numbers: data far from zero cost no
-digits. There are no atomics: every run gives the same bits.
+A mean is a guess plus its correction, two numbers: the guess is the mean of the first tile, and
+sums and squares are taken of what is left. So data far from zero cost no digits, and nothing ever
+subtracts E[x]^2 from E[x^2]. Slices are merged as Chan et al. 1979 have it. There are no atomics:
+every run gives the same bits. The gradients are in group_norm_backward.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
+from fastunet.kernels._group_norm_tile import (
+    APPLY,
+    LAUNCH_OPTIONS,
+    MAX_CHANNELS,
+    MAX_SLICES,
+    REDUCE,
+    STAGES,
+    TILE_BYTES,
+    WHOLE,
+    _by_channel,
+    _by_group,
+    _difference,
+    _end,
+    _load,
+    _owned,
+    _parameter,
+    dense_channels,
+    is_aligned,
+    launch_table,
+    strides,
+)
+from fastunet.kernels._operator import Operator
+from fastunet.kernels.group_norm_backward import backward, fake_backward
 
 
 @triton.jit
-def _parameter(ptr, offsets, mask, default: tl.constexpr):
-    """ptr[offsets] in fp32, or the default where the layer has no such parameter."""
-    if ptr is None:
-        value = tl.full(offsets.shape, default, tl.float32)
-    else:
-        value = tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _by_group(value, member):  # [BLOCK_C] -> [BLOCK_G], sums over each group's channels
-    return tl.sum(tl.where(member, value[:, None], 0.0), 0)
-
-
-@triton.jit
-def _by_channel(value, member):  # [BLOCK_G] -> [BLOCK_C, 1], each channel's group
-    return tl.sum(tl.where(member, value[None, :], 0.0), 1)[:, None]
-
-
-@triton.jit
-def _merge_lanes(mean, m2, count, size, member):
-    """(guess, correction, m2) of the groups, [BLOCK_G] each, from lanes [BLOCK_C, BLOCK_S]."""
-    guess = _by_group(tl.sum(mean * count, 1), member) / size
-    rest = mean - _by_channel(guess, member)
-    correction = _by_group(tl.sum(rest * count, 1), member) / size
-    deviation = rest - _by_channel(correction, member)
-    return guess, correction, _by_group(tl.sum(m2 + count * deviation * deviation, 1), member)
-
-
-@triton.jit
-def _merge_slices(guess, correction, m2, count, size):
-    """The same from slices [BLOCK_G, BLOCK_SLICES]."""
+def _merged_slices(
+    slices_ptr, n, g, mask_g, slices, S, SLICE, GROUPS: tl.constexpr, GROUP_C: tl.constexpr,
+    MAX_SLICES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(guess, correction, m2) of the groups g [BLOCK_G] from those of their slices."""
+    i = tl.arange(0, MAX_SLICES)[None, :]
+    slot = slices_ptr + ((n * GROUPS + g[:, None]) * slices + i) * 3
+    filled = mask_g[:, None] & (i < slices)
+    guess = tl.load(slot, mask=filled, other=0.0)
+    correction = tl.load(slot + 1, mask=filled, other=0.0)
+    m2 = tl.load(slot + 2, mask=filled, other=0.0)
+    count = tl.where(i < slices, tl.minimum(S - i * SLICE, SLICE), 0).to(ACC) * GROUP_C
+    size = tl.cast(S, ACC) * GROUP_C
     merged = tl.sum(guess * count, 1) / size
-    rest = guess - merged[:, None] + correction
+    rest = tl.where(filled, guess - merged[:, None] + correction, 0.0)
     merged_correction = tl.sum(rest * count, 1) / size
-    deviation = rest - merged_correction[:, None]
+    deviation = tl.where(filled, rest - merged_correction[:, None], 0.0)
     return merged, merged_correction, tl.sum(m2 + count * deviation * deviation, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "steps", "phase"])
 def _group_norm_kernel(
     y_ptr,  # [N, C, S], strides stride_yn, stride_yc, stride_ys
-    x_ptr,  # [N, C, S], strides stride_xn, stride_xc, stride_xs
-    weight_ptr,  # [C] or None
-    bias_ptr,  # [C] or None
-    shift_ptr,  # [N, C] contiguous, or None
-    slices_ptr,  # [N, groups, slices, 3]: guess, correction, m2; None if there is one slice
-    eps,
+    statistics_ptr,  # [N, groups, 3] contiguous: guess, correction, rstd; or None
+    slices_ptr,  # [N, groups, slices, 3] contiguous: guess, correction, m2
+    x_ptr,  # [N, C1, S], strides stride_xn, stride_xc, stride_xs
+    skip_ptr,  # [N, C - C1, S], strides stride_kn, stride_kc, stride_ks; or None
+    weight_ptr,  # [C] contiguous, or None
+    bias_ptr,  # [C] contiguous, or None
+    shift_ptr,  # [N, C], strides stride_shift, 1; or None
+    scale_shift_ptr,  # [N, 2C], strides stride_scale, 1; or None
     S,
-    SLICE,  # positions of a slice, a multiple of BLOCK_S
+    steps,  # tiles of a slice
+    phase,  # WHOLE, REDUCE or APPLY
     stride_yn,
     stride_yc,
     stride_ys,
     stride_xn,
     stride_xc,
     stride_xs,
+    stride_kn,
+    stride_kc,
+    stride_ks,
+    stride_shift,
+    stride_scale,
+    eps: tl.constexpr,
     C: tl.constexpr,
+    C1: tl.constexpr,  # channels of x
     GROUP_C: tl.constexpr,  # channels of a group
     TILE_C: tl.constexpr,  # channels that a program owns: whole groups
-    BLOCK_C: tl.constexpr,  # channels of a step: divides TILE_C, or is TILE_C rounded up
+    BLOCK_C: tl.constexpr,  # the same, rounded up
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,  # groups that a program owns, rounded up
-    BLOCK_SLICES: tl.constexpr,  # slices, rounded up: to 16 at least, to compile it less often
-    STATISTICS: tl.constexpr,  # compute them here, or read the slices'
-    APPLY: tl.constexpr,  # write y, or the slice's statistics
+    MAX_SLICES: tl.constexpr,
     SILU: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    slices = tl.cdiv(S, SLICE)
-    tiles = tl.cdiv(C, TILE_C)
-    n = (pid // slices // tiles).to(tl.int64)
-    first_c = pid // slices % tiles * TILE_C
-    first_s = pid % slices * SLICE
-    last_s = tl.minimum(first_s + SLICE, S)
-
-    lane_c, lane_s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)[None, :]
-    lane_g = tl.arange(0, BLOCK_G)
-    owned_c = (lane_c < TILE_C) & (first_c + lane_c < C)
-    member = ((lane_c // GROUP_C)[:, None] == lane_g[None, :]) & owned_c[:, None]
-    x_ptr += n * stride_xn
-    y_ptr += n * stride_yn
-
-    if STATISTICS:
-        mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-        m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-        count = tl.zeros([1, BLOCK_S], tl.float32)
-        for c0 in range(0, TILE_C, BLOCK_C):
-            c = first_c + c0 + lane_c
-            mask_c = (c0 + lane_c < TILE_C) & (c < C)
-            shift = _parameter(shift_ptr, n * C + c, mask_c, 0.0)[:, None]
-            x_row = x_ptr + c.to(tl.int64)[:, None] * stride_xc
-            for s0 in range(first_s, last_s, BLOCK_S):
-                s = s0 + lane_s
-                mask = mask_c[:, None] & (s < last_s)
-                x = tl.load(x_row + s.to(tl.int64) * stride_xs, mask=mask, other=0.0)
-                x = x.to(tl.float32) + shift
-                count += (s < last_s).to(tl.float32)
-                delta = tl.where(mask, x - mean, 0.0)
-                mean += delta / tl.maximum(count, 1.0)
-                m2 += delta * (x - mean)
-        size = (last_s - first_s).to(tl.float32) * GROUP_C
-        guess, correction, m2 = _merge_lanes(mean, m2, count, size, member)
-
-    g = first_c // GROUP_C + lane_g
+    n, first_c, first_s, part, slices = _owned(S, steps, C, TILE_C, BLOCK_S)
+    last_s = _end(S, first_s, steps, BLOCK_S, ALIGNED)
+    lane_c, lane_g, lane_s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
+    c, g = first_c + lane_c, first_c // GROUP_C + lane_g
+    mask_c = (lane_c < TILE_C) & (c < C)
     mask_g = (lane_g < TILE_C // GROUP_C) & (g < C // GROUP_C)
-    if not APPLY:
-        slot = slices_ptr + ((n * (C // GROUP_C) + g) * slices + pid % slices) * 3
+    member = ((lane_c // GROUP_C)[:, None] == lane_g[None, :]) & mask_c[:, None]
+    x_ptr += n * stride_xn
+    if skip_ptr is not None:
+        skip_ptr += n * stride_kn
+    if shift_ptr is not None:
+        shift_ptr += n * stride_shift
+
+    s = first_s + lane_s
+    mask = mask_c[:, None] & (s < last_s)[None, :]
+    first = _load(x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC)
+
+    if phase == APPLY:
+        guess, correction, m2 = _merged_slices(
+            slices_ptr, n, g, mask_g, slices, S, steps * BLOCK_S, C // GROUP_C, GROUP_C,
+            MAX_SLICES, ACC,
+        )  # fmt: skip
+    else:
+        shift = _parameter(shift_ptr, c, mask_c, 0.0, ACC)
+        count = tl.minimum(last_s - first_s, BLOCK_S).to(ACC) * GROUP_C
+        u = tl.where(mask, first + shift[:, None], 0.0)
+        guess = _by_group(tl.sum(u, 1), member) / count
+        centre, rest = _difference(shift, _by_channel(guess, member))
+        d = tl.where(mask, first + centre[:, None], 0.0)
+        sums, squares = tl.sum(d, 1), tl.sum(d * d, 1)
+        for s0 in tl.range(first_s + BLOCK_S, last_s, BLOCK_S, num_stages=STAGES):
+            s = s0 + lane_s
+            mask = mask_c[:, None] & (s < last_s)[None, :]
+            x = _load(
+                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC
+            )
+            d = tl.where(mask, x + centre[:, None], 0.0)
+            sums += tl.sum(d, 1)
+            squares += tl.sum(d * d, 1)
+        # Of u - guess: d lacks what rounding took off the difference of shift and guess.
+        count = (last_s - first_s).to(ACC)
+        squares += rest * (2.0 * sums + count * rest)
+        correction = _by_group(sums + count * rest, member) / (count * GROUP_C)
+        m2 = _by_group(squares, member) - count * GROUP_C * correction * correction
+
+    if phase == REDUCE:
+        slot = slices_ptr + ((n * (C // GROUP_C) + g) * slices + part) * 3
         tl.store(slot, guess, mask=mask_g)
         tl.store(slot + 1, correction, mask=mask_g)
         tl.store(slot + 2, m2, mask=mask_g)
     else:
-        if not STATISTICS:
-            i = tl.arange(0, BLOCK_SLICES)[None, :]
-            slot = slices_ptr + ((n * (C // GROUP_C) + g[:, None]) * slices + i) * 3
-            filled = mask_g[:, None] & (i < slices)
-            count = tl.where(i < slices, tl.minimum(S - i * SLICE, SLICE), 0).to(tl.float32)
-            guess, correction, m2 = _merge_slices(
-                tl.load(slot, mask=filled, other=0.0),
-                tl.load(slot + 1, mask=filled, other=0.0),
-                tl.load(slot + 2, mask=filled, other=0.0),
-                count * GROUP_C,
-                tl.cast(S, tl.float32) * GROUP_C,
+        variance = tl.maximum(m2 / (tl.cast(S, ACC) * GROUP_C), 0.0)
+        rstd = tl.rsqrt(variance + eps)
+        if statistics_ptr is not None:
+            if part == 0:
+                slot = statistics_ptr + (n * (C // GROUP_C) + g) * 3
+                tl.store(slot, guess, mask=mask_g)
+                tl.store(slot + 1, correction, mask=mask_g)
+                tl.store(slot + 2, rstd, mask=mask_g)
+        scale = _parameter(weight_ptr, c, mask_c, 1.0, ACC)
+        bias = _parameter(bias_ptr, c, mask_c, 0.0, ACC)
+        if scale_shift_ptr is not None:
+            scale_shift_ptr += n * stride_scale
+            factor = 1.0 + _parameter(scale_shift_ptr, c, mask_c, 0.0, ACC)
+            scale = scale * factor
+            bias = bias * factor + _parameter(scale_shift_ptr + C, c, mask_c, 0.0, ACC)
+        scale = scale * _by_channel(rstd, member)
+        shift = _parameter(shift_ptr, c, mask_c, 0.0, ACC)
+        centre, rest = _difference(shift, _by_channel(guess, member))
+        bias += (rest - _by_channel(correction, member)) * scale
+        y_row = y_ptr + n * stride_yn + c.to(tl.int64)[:, None] * stride_yc
+        s = first_s + lane_s
+        _store(y_row, stride_ys, s, last_s, mask_c, first, centre, scale, bias, SILU)
+        for s0 in tl.range(first_s + BLOCK_S, last_s, BLOCK_S, num_stages=STAGES):
+            s = s0 + lane_s
+            mask = mask_c[:, None] & (s < last_s)[None, :]
+            x = _load(
+                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC
             )
-        variance = m2 / (tl.cast(S, tl.float32) * GROUP_C)
-        guess, correction = _by_channel(guess, member), _by_channel(correction, member)
-        rstd = _by_channel(tl.rsqrt(variance + eps), member)
-        for c0 in range(0, TILE_C, BLOCK_C):
-            c = first_c + c0 + lane_c
-            mask_c = (c0 + lane_c < TILE_C) & (c < C)
-            shift = _parameter(shift_ptr, n * C + c, mask_c, 0.0)[:, None]
-            x_row = x_ptr + c.to(tl.int64)[:, None] * stride_xc
-            y_row = y_ptr + c.to(tl.int64)[:, None] * stride_yc
-            scale = _parameter(weight_ptr, c, mask_c, 1.0)[:, None] * rstd
-            bias = _parameter(bias_ptr, c, mask_c, 0.0)[:, None] - correction * scale
-            for s0 in range(first_s, last_s, BLOCK_S):
-                s = s0 + lane_s
-                mask = mask_c[:, None] & (s < last_s)
-                x = tl.load(x_row + s.to(tl.int64) * stride_xs, mask=mask, other=0.0)
-                x = x.to(tl.float32) + shift
-                z = (x - guess) * scale + bias
-                if SILU:
-                    z = z * tl.sigmoid(z)
-                z = z.to(y_ptr.dtype.element_ty)
-                tl.store(y_row + s.to(tl.int64) * stride_ys, z, mask=mask)
+            _store(y_row, stride_ys, s, last_s, mask_c, x, centre, scale, bias, SILU)
 
 
-class Tile(NamedTuple):
-    """What a program owns and what one step of it reads; all but groups are powers of two."""
-
-    groups: int
-    channels: int
-    space: int
-    slices: int
-    num_warps: int
-
-
-def launch_table(
-    samples: int, groups: int, group_channels: int, space: int, channels_last: bool, processors: int
-) -> Tile:
-    """Steps of up to 4096 values, 16 a thread; slices where the programs leave processors idle."""
-    if channels_last:
-        # Whole groups up to 128 channels, so that a row of the tile is one long contiguous read.
-        owned = 1
-        while owned * 2 <= min(groups, 16) and owned * 2 * group_channels <= 128:
-            owned *= 2
-        channels = triton.next_power_of_2(owned * group_channels)
-    else:
-        # The largest power of two that divides the group: no lane idles for the channels' sake.
-        owned, channels = 1, min(group_channels & -group_channels, 64)
-    programs = samples * triton.cdiv(groups, owned)
-    rows = min(triton.next_power_of_2(space), max(4096 // channels, 1))
-    slices = 1
-    # Where a program has little to read, a second launch should cost more than idle processors do:
-    # both this bound and two programs a processor are estimates, not measured on a GPU.
-    if programs < processors and owned * group_channels * space > 16384:
-        rows = min(rows, max(2048 // channels, 1))
-        steps = triton.cdiv(space, rows)
-        most = min(triton.cdiv(2 * processors, programs), 64)  # every program reads all slices
-        steps_a_slice = triton.cdiv(steps, most)
-        slices = triton.cdiv(steps, steps_a_slice)
-    return Tile(owned, channels, rows, slices, num_warps=8 if channels * rows >= 4096 else 4)
+@triton.jit
+def _store(y_row, stride_ys, s, last_s, mask_c, x, centre, scale, bias, SILU: tl.constexpr):
+    z = (x + centre[:, None]) * scale[:, None] + bias[:, None]
+    if SILU:
+        z = z * tl.sigmoid(z)
+    mask = mask_c[:, None] & (s < last_s)[None, :]
+    at = y_row + s.to(tl.int64)[None, :] * stride_ys
+    tl.store(at, z.to(y_row.dtype.element_ty), mask=mask)
 
 
-def _launch_group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    shift: Tensor | None,
-    activation: str | None,
-) -> Tensor:
+def _forward(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    shift: Tensor | None, scale_shift: Tensor | None, skip: Tensor | None,
+    activation: str | None, tokens: bool, save: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    y, statistics = _fake(
+        x, num_groups, weight, bias, eps, shift, scale_shift, skip, activation, tokens
+    )
+    saved = statistics if save else None
+    if y.numel() == 0:
+        return y, saved
     rows = _launch.rows(x)
-    y = _launch.empty_like_rows(x, rows)
-    if x.numel() == 0:
-        return y
-    y_rows = y.view(rows.shape)
-    samples, channels, space = rows.shape
+    skip_rows = None if skip is None else _launch.rows(skip)
+    y_rows = y.mT if tokens else _launch.rows(y)
+    samples, channels, space = y_rows.shape
     group_channels = channels // num_groups
-    channels_last = _launch.is_channels_last(rows)
-    processors = _launch.processors(x)
-    tile = launch_table(samples, num_groups, group_channels, space, channels_last, processors)
-    steps = triton.cdiv(triton.cdiv(space, tile.space), tile.slices)
-    grid = (samples * triton.cdiv(num_groups, tile.groups) * tile.slices,)
-    parameters = (p if p is None else p.contiguous() for p in (weight, bias, shift))
-    parameters, slices = tuple(parameters), None
+    long_rows = tokens or _launch.is_channels_last(rows)
+    tile = launch_table(
+        samples, num_groups, group_channels, space,
+        group_channels * x.element_size() if long_rows else 0, TILE_BYTES // x.element_size(),
+        _launch.processors(x),
+    )  # fmt: skip
+    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
+    shift, stride_shift = dense_channels(shift)
+    scale_shift, stride_scale = dense_channels(scale_shift)
+    slices, phases = statistics, [WHOLE]  # of one slice nothing is written
     if tile.slices > 1:
-        slices = x.new_empty((samples, num_groups, tile.slices, 3), dtype=torch.float32)
-    phases = [(True, True)] if slices is None else [(True, False), (False, True)]
-    for statistics, apply in phases:
+        shape = (samples, num_groups, tile.slices, 3)
+        slices, phases = x.new_empty(shape, dtype=_launch.wide(x)), [REDUCE, APPLY]
+    grid = (samples * triton.cdiv(num_groups, tile.groups) * tile.slices,)
+    for phase in phases:
         _group_norm_kernel[grid](
-            y_rows, rows, *parameters, slices, eps, space, steps * tile.space,
-            *y_rows.stride(), *rows.stride(),
-            C=channels, GROUP_C=group_channels, TILE_C=tile.groups * group_channels,
-            BLOCK_C=tile.channels, BLOCK_S=tile.space,
-            BLOCK_G=triton.next_power_of_2(tile.groups),
-            BLOCK_SLICES=1 if statistics else max(triton.next_power_of_2(tile.slices), 16),
-            STATISTICS=statistics, APPLY=apply, SILU=activation == "silu",
-            num_warps=tile.num_warps,
+            y_rows, saved, slices, rows, skip_rows, weight, bias, shift, scale_shift,
+            space, triton.cdiv(triton.cdiv(space, tile.space), tile.slices), phase.value,
+            *y_rows.stride(), *rows.stride(), *strides(skip_rows), stride_shift, stride_scale,
+            eps=float(eps), C=channels, C1=rows.shape[1], GROUP_C=group_channels,
+            TILE_C=tile.groups * group_channels, BLOCK_C=tile.channels, BLOCK_S=tile.space,
+            BLOCK_G=triton.next_power_of_2(tile.groups), MAX_SLICES=MAX_SLICES,
+            SILU=activation == "silu", ALIGNED=is_aligned(rows),
+            ACC=_launch.accumulator(x), **LAUNCH_OPTIONS,
         )  # fmt: skip
-    return y
+    return y, saved
+
+
+def _fake(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    shift: Tensor | None, scale_shift: Tensor | None, skip: Tensor | None,
+    activation: str | None, tokens: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    samples, channels = x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1])
+    statistics = x.new_empty((samples, num_groups, 3), dtype=_launch.wide(x))
+    rows = _launch.rows(x)
+    if tokens:
+        return x.new_empty((samples, rows.shape[2], channels)), statistics
+    return _launch.empty_like_rows(x, rows, channels), statistics
+
+
+_operator = Operator(
+    "group_norm",
+    "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
+    "Tensor? scale_shift, Tensor? skip, str? activation, bool tokens",
+    {"x": 0, "weight": 2, "bias": 3, "shift": 4, "scale_shift": 5, "skip": 1},
+    forward=_forward,
+    saved=1,
+    fake=_fake,
+    keep=lambda args, results: (*args, results[1]),
+    kept="Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
+    "Tensor? scale_shift, Tensor? skip, str? activation, bool tokens, Tensor statistics",
+    backward=backward,
+    fake_backward=fake_backward,
+    again=lambda grad, *kept: kept[:-1],
+)
 
 
 def group_norm(
@@ -258,31 +278,47 @@ def group_norm(
     eps: float = 1e-5,
     *,
     shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    skip: Tensor | None = None,
     activation: str | None = None,
+    tokens: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """act(group_norm(x + shift)): group normalisation (Wu and He 2018), the addition before it and
-    the SiLU after it, in one launch or two. Statistics and arithmetic are fp32.
+    """act(scale_shift(group_norm(concat(x, skip) + shift))): group normalisation (Wu and He 2018)
+    with what stands around it in a diffusion U-Net, in one launch or two. Statistics and arithmetic
+    are fp32.
 
     Args:
-        x: [N, C, *S], fp32, fp16 or bf16, NCHW or NHWC (channels_last) in memory; any other
+        x: [N, C1, *S], fp32, fp16 or bf16, NCHW or NHWC (channels_last) in memory; any other
             strides are copied to NCHW first.
-        num_groups: groups that C is divided into.
+        num_groups: groups that C = C1 + C2 is divided into.
         weight, bias: [C], in x's dtype or fp32, or None.
         eps: added to the variance; take it from the layer that is replaced.
-        shift: [N, C], added to every position of x before the norm (a time embedding), or None.
+        shift: [N, C], added to every position before the norm: the projected time embedding, the
+            bias of the convolution before, or their sum. None adds nothing.
+        scale_shift: [N, 2C], scale beside offset: the norm's result times 1 + scale, plus offset
+            (adaptive group normalisation, Dhariwal and Nichol 2021), or None.
+        skip: [N, C2, *S] in x's dtype: the channels after x's, as if concatenated; the decoder of a
+            U-Net takes them from its encoder. None: C2 is 0.
         activation: None or "silu".
+        tokens: return the channels of each position side by side, as a transformer reads them.
         backend: "auto", "triton" or "torch"; see docs/architecture.md.
 
     Returns:
-        [N, C, *S] in x's dtype and in x's layout.
+        [N, C, *S] in x's dtype and in x's layout; with ``tokens`` [N, prod(S), C], contiguous.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
-    _checks.group_norm(x, num_groups, weight, bias, eps, shift, activation)
-    return _launch.run(
-        "group_norm", _launch_group_norm, backend, (x, num_groups, weight, bias, eps),
-        {"shift": shift, "activation": activation},
+    _checks.group_norm(x, num_groups, weight, bias, eps, shift, scale_shift, skip, activation)
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    unfit = None
+    if channels // num_groups > MAX_CHANNELS:
+        unfit = (
+            f"its kernels take up to {MAX_CHANNELS} channels a group, got {channels // num_groups}"
+        )
+    return _operator(
+        backend, x, num_groups, weight, bias, float(eps), shift, scale_shift, skip, activation,
+        bool(tokens), unfit=unfit,
     )  # fmt: skip

@@ -45,7 +45,9 @@ def group_norm(
     if activation == "silu":
         h = F.silu(h)
     if tokens:
-        h = rearrange(h.reshape(*h.shape[:2], -1 if h.numel() else 0), "n c s -> n s c").contiguous()
+        h = rearrange(
+            h.reshape(*h.shape[:2], -1 if h.numel() else 0), "n c s -> n s c"
+        ).contiguous()
     return h.to(x.dtype)
 
 
@@ -76,7 +78,7 @@ def add_time_embedding(x: Tensor, emb: Tensor) -> Tensor:
 
 
 def geglu(x: Tensor) -> Tensor:
-    """The first half of the features times GELU of the second; see :func:`fastunet.kernels.geglu`."""
+    """Half of the features times GELU of the other; see :func:`fastunet.kernels.geglu`."""
     _checks.geglu(x)
     hidden, gate = x.chunk(2, dim=-1)
     return hidden * F.gelu(gate)
