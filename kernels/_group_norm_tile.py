@@ -57,9 +57,13 @@ def _load(
     """Channels c [BLOCK_C] of x, and from C1 on of skip, at positions s [BLOCK_S]; 0 if masked."""
     c, s = c.to(tl.int64)[:, None], s.to(tl.int64)[None, :]
     at = x_ptr + c * stride_xc + s * stride_xs
-    if skip_ptr is not None:
-        at = tl.where(c < C1, at, skip_ptr + (c - C1) * stride_kc + s * stride_ks)
-    return tl.load(at, mask=mask, other=0.0).to(ACC)
+    if skip_ptr is None:
+        value = tl.load(at, mask=mask, other=0.0)
+    else:  # each value from one of the two; a load of either pointer does not compile for AMD
+        value = tl.load(at, mask=mask & (c < C1), other=0.0)
+        at = skip_ptr + (c - C1) * stride_kc + s * stride_ks
+        value = tl.where(c < C1, value, tl.load(at, mask=mask & (c >= C1), other=0.0))
+    return value.to(ACC)
 
 
 @triton.jit

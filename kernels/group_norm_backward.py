@@ -108,15 +108,12 @@ def _store_d_u(
 ):  # fmt: skip
     d_u = scale[:, None] * g + (slope[:, None] * d + base[:, None])
     c, s = c.to(tl.int64)[:, None], s.to(tl.int64)[None, :]
-    in_x = c < C1
-    if d_x_ptr is None:
-        mask, at = mask & (c >= C1), d_skip_ptr + (c - C1) * stride_kc + s * stride_ks
-    elif d_skip_ptr is None:
-        mask, at = mask & in_x, d_x_ptr + c * stride_xc + s * stride_xs
-    else:
+    if d_x_ptr is not None:
+        at = d_x_ptr + c * stride_xc + s * stride_xs
+        tl.store(at, d_u.to(d_x_ptr.dtype.element_ty), mask=mask & (c < C1))
+    if d_skip_ptr is not None:
         at = d_skip_ptr + (c - C1) * stride_kc + s * stride_ks
-        at = tl.where(in_x, d_x_ptr + c * stride_xc + s * stride_xs, at)
-    tl.store(at, d_u.to(at.dtype.element_ty), mask=mask)
+        tl.store(at, d_u.to(d_skip_ptr.dtype.element_ty), mask=mask & (c >= C1))
 
 
 @triton.jit(do_not_specialize=["S", "steps", "phase"])
