@@ -9,7 +9,8 @@ reference in that dtype. The rule has no hand-picked tolerance:
 
 An ulp is the dtype's eps times the largest finite value of the truth: one to two units in the last
 place of that value. On a tensor of a few dozen values, where PyTorch's own error may be small by
-luck, the rule can still be broken by chance. Public: for tests of third parties' layers too.
+luck, the rule can still be broken by chance; so a gradient that small is held to it over several
+upstream gradients at once. Public: for tests of third parties' layers too.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Upstream gradients are drawn until the smallest gradient has so many values, at most so often.
+ENOUGH_VALUES, MOST_DRAWS = 256, 16
 
 # What Stable Diffusion 1.5 (512 x 512) and SDXL (1024 x 1024) ask of each op, batch left out.
 # group_norm: (channels, side) at 32 groups, so 10, 20, 30, 40, 60 or 80 channels a group.
@@ -145,7 +149,8 @@ def assert_gradients(
     """The same for every output, and for the gradient of every floating-point tensor argument.
 
     Args:
-        upstream: makes the gradient of an output, given that output of the reference.
+        upstream: makes the gradient of an output, given that output of the reference. The default
+            is drawn several times where a gradient has few values, which are then compared as one.
 
     Raises:
         AssertionError: a gradient breaks the rule, is missing, or has another dtype or shape than
@@ -166,25 +171,32 @@ def gradient_rows(
     upstream: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> list[Row]:
     """A row for every output and for every gradient; see :func:`assert_gradients`."""
-    eager, leaves = _called(reference, args, kwargs)
-    grads = [upstream(output.detach()) for output in eager]
-    truth, truth_leaves = _called(reference, to_double(args), to_double(kwargs))
-    result, our_leaves = _called(ours, args, kwargs)
-    rows = []
-    several = len(eager) > 1
-    for i, outputs in enumerate(zip(result, eager, truth, strict=True)):
-        rows.append(compare(f"{name} output{i if several else ''}", *outputs))
-    found = [
-        torch.autograd.grad(outputs, list(at.values()), to_double(grads) if wide else grads)
-        for outputs, at, wide in (
-            (result, our_leaves, False),
-            (eager, leaves, False),
-            (truth, truth_leaves, True),
-        )
+    runs = [
+        _called(ours, args, kwargs),
+        _called(reference, args, kwargs),
+        _called(reference, to_double(args), to_double(kwargs)),
     ]
-    for leaf, ours_grad, eager_grad, true_grad in zip(leaves, *found, strict=True):
-        assert ours_grad.dtype == leaves[leaf].dtype, f"{name}: d_{leaf} is {ours_grad.dtype}"
-        rows.append(compare(f"{name} d_{leaf}", ours_grad, eager_grad, true_grad))
+    results, eager, truth = (outputs for outputs, _ in runs)
+    rows = []
+    for i, outputs in enumerate(zip(results, eager, truth, strict=True)):
+        rows.append(compare(f"{name} output{i if len(eager) > 1 else ''}", *outputs))
+    leaves = runs[0][1]
+    draws = 1
+    if upstream is torch.randn_like:
+        fewest = min([leaf.numel() for leaf in leaves.values() if leaf.numel()], default=1)
+        draws = min(-(-ENOUGH_VALUES // fewest), MOST_DRAWS)
+    drawn: list[list[tuple[Tensor, ...]]] = [[] for _ in runs]
+    for draw in range(draws):
+        grads = [upstream(output.detach()) for output in eager]
+        for (outputs, inputs), found in zip(runs, drawn, strict=True):
+            wide = outputs[0].dtype == torch.float64
+            upstreams, keep = to_double(grads) if wide else grads, draw + 1 < draws
+            inputs = list(inputs.values())
+            found.append(torch.autograd.grad(outputs, inputs, upstreams, retain_graph=keep))
+    for i, (leaf, value) in enumerate(leaves.items()):
+        gradients = [torch.stack([gradient[i] for gradient in found]) for found in drawn]
+        assert gradients[0].dtype == value.dtype, f"{name}: d_{leaf} is {gradients[0].dtype}"
+        rows.append(compare(f"{name} d_{leaf}", *gradients))
     return rows
 
 

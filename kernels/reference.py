@@ -36,6 +36,8 @@ def group_norm(
         h = torch.cat([h, skip.to(wide)], dim=1)
     if shift is not None:
         h = h + _over_space(shift.to(wide), x)
+    if weight is None and bias is not None:  # PyTorch's own backward fails on that
+        weight = torch.ones_like(bias)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
     if h.numel():
         h = F.group_norm(h, num_groups, weight, bias, eps)
@@ -45,9 +47,7 @@ def group_norm(
     if activation == "silu":
         h = F.silu(h)
     if tokens:
-        h = rearrange(
-            h.reshape(*h.shape[:2], -1 if h.numel() else 0), "n c s -> n s c"
-        ).contiguous()
+        h = h.reshape(*h.shape[:2], math.prod(h.shape[2:])).mT.contiguous()
     return h.to(x.dtype)
 
 

@@ -126,7 +126,7 @@ EXPLAINED: dict[str, str] = {}
 
 
 def verdict(mutant: Mutant) -> str:
-    """"killed", "survived", or the error of a mutant that does not run."""
+    """ "killed", "survived", or the error of a mutant that does not run."""
     planted = _planted()
     source = (planted.KERNELS / f"{mutant.file}.py").read_text()
     try:
