@@ -60,11 +60,17 @@ def _store_tiles(
 
 
 @triton.jit
+def _add_dot(total, left, right, PRECISION: tl.constexpr):
+    """total + left right, in total's dtype."""
+    return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
 def _products(left1, left2, right1, right2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """left right^T, [rows of left, rows of right]."""
     products = tl.dot(left1, tl.trans(right1), input_precision=PRECISION)
     if D2 > 0:
-        products = tl.dot(left2, tl.trans(right2), products, input_precision=PRECISION)
+        products = _add_dot(products, left2, tl.trans(right2), PRECISION)
     return products
 
 

@@ -23,6 +23,7 @@ from fastunet.kernels import _checks, _launch
 from fastunet.kernels._attention_tile import (
     LOWEST,
     ONE_TILE_KEYS,
+    _add_dot,
     _exp,
     _row_scores,
     _softmax,
@@ -105,14 +106,14 @@ def _one_tile_kernel(
     out1 = tl.dot(p1, value, input_precision=PRECISION)
     if N2 > 0:
         value = _tile(value_ptr, n2, N, stride_vn, 0, HEAD_DIM, D1)
-        out1 = tl.dot(p2, value, out1, input_precision=PRECISION)
+        out1 = _add_dot(out1, p2, value, PRECISION)
     _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1 / total[:, None], HEAD_DIM, D1)
     if D2 > 0:
         value = _tile(value_ptr, n1, N, stride_vn, D1, HEAD_DIM, D2)
         out2 = tl.dot(p1, value, input_precision=PRECISION)
         if N2 > 0:
             value = _tile(value_ptr, n2, N, stride_vn, D1, HEAD_DIM, D2)
-            out2 = tl.dot(p2, value, out2, input_precision=PRECISION)
+            out2 = _add_dot(out2, p2, value, PRECISION)
         _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2 / total[:, None], HEAD_DIM, D2)
 
 
@@ -180,9 +181,9 @@ def _streaming_kernel(
         total = total * shrink + tl.sum(p, 1)
         p = p.to(query1.dtype)
         value1, value2 = _tiles(value_ptr, n, N, stride_vn, HEAD_DIM, D1, D2)
-        out1 = tl.dot(p, value1, out1 * shrink[:, None], input_precision=PRECISION)
+        out1 = _add_dot(out1 * shrink[:, None], p, value1, PRECISION)
         if D2 > 0:
-            out2 = tl.dot(p, value2, out2 * shrink[:, None], input_precision=PRECISION)
+            out2 = _add_dot(out2 * shrink[:, None], p, value2, PRECISION)
 
     total = _total(total)
     if statistics_ptr is not None:

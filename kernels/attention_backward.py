@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastunet.kernels import _launch
 from fastunet.kernels._attention_tile import (
+    _add_dot,
     _exp,
     _products,
     _row_scores,
@@ -46,9 +47,9 @@ def _add_product(
     sum1, sum2, weights, right1, right2, D2: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """sum + weights right, [rows of weights, D1 and D2]."""
-    sum1 = tl.dot(weights, right1, sum1, input_precision=PRECISION)
+    sum1 = _add_dot(sum1, weights, right1, PRECISION)
     if D2 > 0:
-        sum2 = tl.dot(weights, right2, sum2, input_precision=PRECISION)
+        sum2 = _add_dot(sum2, weights, right2, PRECISION)
     return sum1, sum2
 
 
@@ -148,14 +149,14 @@ def _one_tile_d_query_kernel(
         if N2 > 0:
             ds2 = (p2 * (dp2 - delta[:, None])).to(query1.dtype)
             key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D1)
-            d_query = tl.dot(ds2, key, d_query, input_precision=PRECISION)
+            d_query = _add_dot(d_query, ds2, key, PRECISION)
         _store_tile(d_query_ptr, m, M, HEADS * HEAD_DIM, 0, d_query * scale, HEAD_DIM, D1)
         if D2 > 0:
             key = _tile(key_ptr, n1, N, stride_kn, D1, HEAD_DIM, D2)
             d_query = tl.dot(ds1, key, input_precision=PRECISION)
             if N2 > 0:
                 key = _tile(key_ptr, n2, N, stride_kn, D1, HEAD_DIM, D2)
-                d_query = tl.dot(ds2, key, d_query, input_precision=PRECISION)
+                d_query = _add_dot(d_query, ds2, key, PRECISION)
             _store_tile(d_query_ptr, m, M, HEADS * HEAD_DIM, D1, d_query * scale, HEAD_DIM, D2)
 
 

@@ -1,4 +1,7 @@
-"""attention against fp64: head dims, context lengths, strides, extremes, bad input."""
+"""attention against fp64, results and gradients: head dims, lengths, strides, extremes, bad input.
+
+Masks are in test_attention_mask.
+"""
 
 from functools import partial
 
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 from fastunet import kernels
 from fastunet.kernels import reference
 from fastunet.kernels.attention import launch_table, split
-from fastunet.testing import DTYPES, SHAPES, assert_parity, make_inputs
+from fastunet.testing import DTYPES, SHAPES, assert_gradients, assert_parity, make_inputs
 
 triton_attention = partial(kernels.attention, backend="triton")
 
@@ -26,7 +29,7 @@ def draw(batch, heads, head_dim, queries, keys, dtype=torch.float32, device="cpu
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_parity_at_the_head_dims_of_the_real_models(head_dim, dtype, keys, device):
     args = draw(2, 2, head_dim, 70, keys, dtype, device)
-    assert_parity(triton_attention, reference.attention, *args)
+    assert_gradients(triton_attention, reference.attention, *args)
 
 
 @pytest.mark.parametrize("model", SHAPES)
@@ -37,26 +40,26 @@ def test_parity_at_real_size(model, device):
         shapes = [(8, 160, 64, 77), (8, 160, 64, 64)] if model == "sd15" else [(20, 64, 32, 77)]
     for sizes in shapes:
         args, _ = make_inputs("attention", *sizes, dtype=torch.float16, device=device)
-        assert_parity(triton_attention, reference.attention, *args)
+        assert_gradients(triton_attention, reference.attention, *args)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_any_multiple_of_8(head_dim, device):
     args = draw(1, 2, head_dim, 5, 19, torch.float16, device)
-    assert_parity(triton_attention, reference.attention, *args)
+    assert_gradients(triton_attention, reference.attention, *args)
 
 
 @pytest.mark.parametrize("keys", [1, 2, 15, 16, 17, 64, 127, 128, 129, 256, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_context_lengths(keys, dtype, device):
     args = draw(1, 1, 40, 33, keys, dtype, device)
-    assert_parity(triton_attention, reference.attention, *args)
+    assert_gradients(triton_attention, reference.attention, *args)
 
 
 @pytest.mark.parametrize("queries", [1, 15, 64, 127, 128, 129])
 def test_query_lengths(queries, device):
     args = draw(1, 1, 40, queries, 20, torch.float16, device)
-    assert_parity(triton_attention, reference.attention, *args)
+    assert_gradients(triton_attention, reference.attention, *args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -65,16 +68,78 @@ def test_strides_of_merged_projections(dtype, device):
     merged = torch.randn(2, 33, 3 * 80, device=device).to(dtype)
     query, key, value = merged.chunk(3, dim=-1)
     assert_parity(triton_attention, reference.attention, query, key, value, 2)
+    assert_gradients(
+        lambda merged: triton_attention(*merged.chunk(3, dim=-1), 2),
+        lambda merged: reference.attention(*merged.chunk(3, dim=-1), 2),
+        merged,
+    )
     one = torch.randn(1, 20, 80, device=device).to(dtype).expand(2, 20, 80)
     assert_parity(triton_attention, reference.attention, query, one, one, 2)
     transposed = torch.randn(2, 80, 20, device=device).to(dtype).transpose(1, 2)
     assert_parity(triton_attention, reference.attention, query, transposed, transposed, 2)
 
 
+UPSTREAM = {
+    "one value": lambda out: torch.ones((), dtype=out.dtype, device=out.device).expand_as(out),
+    "transposed": lambda out: torch.randn_like(out.mT.contiguous()).mT,
+    "sliced": lambda out: torch.randn_like(out).repeat(1, 1, 2)[..., : out.shape[2]],
+    "rows sliced": lambda out: torch.randn_like(out).repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("keys", [20, 140])
+def test_gradients_of_any_strides(keys, upstream, device):
+    args = draw(2, 2, 40, 17, keys, torch.float16, device)
+    assert_gradients(triton_attention, reference.attention, *args, upstream=UPSTREAM[upstream])
+
+
+@pytest.mark.parametrize("keys", [77, 140])
+@pytest.mark.parametrize("head_dim", [40, 160])
+def test_gradients_of_any_subset(head_dim, keys, device):
+    """Each alone is what it is among all: past head dim 128 key and value have launches apart."""
+    *made, heads = draw(1, 2, head_dim, 9, keys, torch.float16, device)
+    upstream = torch.randn_like(made[0])
+
+    def gradients(*wanted):
+        fresh = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(made)]
+        return torch.autograd.grad(
+            triton_attention(*fresh, heads), [fresh[i] for i in wanted], upstream
+        )
+
+    every = gradients(0, 1, 2)
+    for wanted in ((0,), (1,), (2,), (0, 1), (1, 2)):
+        for i, gradient in zip(wanted, gradients(*wanted), strict=True):
+            assert torch.equal(gradient, every[i]), wanted
+
+
+@pytest.fixture
+def many_processors(monkeypatch):
+    """As on a GPU that the keys alone leave idle: the queries are cut into slices."""
+    monkeypatch.setattr("fastunet.kernels._launch.processors", lambda tensor: 16)
+
+
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("head_dim", [40, 160])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_in_slices(dtype, head_dim, device):
+    args = draw(1, 1, head_dim, 300, 77, dtype, device)
+    assert_gradients(triton_attention, reference.attention, *args)
+
+
+@pytest.mark.parametrize("keys", [5, 140])
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_gradcheck(head_dim, keys, device):
+    if device != "cpu":
+        pytest.skip("fp64 is for the interpreter")
+    made = [torch.randn(1, n, 2 * head_dim).double().requires_grad_() for n in (3, keys, keys)]
+    assert torch.autograd.gradcheck(lambda *t: triton_attention(*t, 2), made, fast_mode=True)
+
+
 @pytest.mark.parametrize("scale", [None, 1.0, 0.01, -0.3])
 def test_scale(scale, device):
     args = draw(1, 2, 40, 9, 20, torch.float32, device)
-    assert_parity(triton_attention, reference.attention, *args, scale=scale)
+    assert_gradients(triton_attention, reference.attention, *args, scale=scale)
 
 
 @pytest.mark.parametrize("keys", [77, 200])
@@ -84,7 +149,7 @@ def test_large_logits(sign, size, keys, device):
     """Scores of 1e5 and more, all of one sign: exp overflows without the maximum taken off."""
     query, key, value, heads = draw(1, 1, 40, 20, keys, torch.float32, device)
     query, key = query.abs() * size, key.abs() * size * sign
-    assert_parity(triton_attention, reference.attention, query, key, value, heads)
+    assert_gradients(triton_attention, reference.attention, query, key, value, heads)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's word on it, in the interpreter
@@ -116,25 +181,46 @@ def test_auto_leaves_long_contexts_to_the_vendor(device):
 )
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_empty_input_gives_an_empty_result(sizes, backend, device):
-    args = draw(*sizes, device=device)
-    out = kernels.attention(*args, backend=backend)
-    assert out.shape == args[0].shape
+    *made, heads = draw(*sizes, device=device)
+    made = [t.requires_grad_() for t in made]
+    out = kernels.attention(*made, heads, backend=backend)
+    assert out.shape == made[0].shape
+    if backend == "triton":
+        for tensor, gradient in zip(made, torch.autograd.grad(out.sum(), made), strict=True):
+            assert gradient.shape == tensor.shape and not gradient.any()
 
 
 def test_every_run_gives_the_same_bits(device):
-    args = draw(1, 2, 80, 40, 200, torch.float16, device)
-    first = triton_attention(*args)
-    assert all(torch.equal(triton_attention(*args), first) for _ in range(3))
+    *made, heads = draw(1, 2, 80, 40, 200, torch.float16, device)
+    made = [t.requires_grad_() for t in made]
+    runs = []
+    for _ in range(3):
+        out = triton_attention(*made, heads)
+        runs.append((out, *torch.autograd.grad(out.sum(), made)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def test_samples_further_than_2_to_the_31_apart(device):
-    storage = torch.empty(2**31 + 4096, dtype=torch.float16, device=device)
-    query = storage.as_strided((2, 20, 80), (2**31, 80, 1))
-    query.copy_(torch.randn(2, 20, 80))
-    key, value = torch.randn(2, 2, 17, 80, device=device).half()
-    assert torch.equal(
-        triton_attention(query, key, value, 2), triton_attention(query.clone(), key, value, 2)
-    )
+@pytest.mark.parametrize("keys", [17, 140])
+@pytest.mark.parametrize("sizes_apart", ["samples", "rows"])
+def test_what_lies_further_than_2_to_the_31_apart(sizes_apart, keys, device):
+    """Lazily committed storage: only the pages that are touched exist."""
+    strides = {"samples": (2**31, 80, 1), "rows": (80, 2**31, 1)}[sizes_apart]
+    shape = (2, 20, 80) if sizes_apart == "samples" else (1, 2, 80)
+
+    def far(values):
+        last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+        storage = torch.empty(last + 1, dtype=torch.float16, device=device)
+        return storage.as_strided(shape, strides).copy_(values)
+
+    query, upstream = torch.randn(2, *shape, device=device).half()
+    key, value = torch.randn(2, shape[0], keys, 80, device=device).half()
+    found = []
+    for spread in (lambda t: t, far):
+        made = [t.detach().requires_grad_() for t in (spread(query), key, value)]
+        out = triton_attention(*made, 2)
+        found.append((out, *torch.autograd.grad(out, made, spread(upstream))))
+    assert all(torch.equal(near, distant) for near, distant in zip(*found, strict=True))
 
 
 QUERY, KEY = torch.randn(2, 5, 80), torch.randn(2, 77, 80)

@@ -47,7 +47,7 @@ def test_parity_at_the_widths_of_the_real_models(channels, dtype, layout, device
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mean", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
 def test_parity_far_from_zero(mean, dtype, layout, device):
     """E[x^2] - E[x]^2 loses its digits here, and an fp16 sum of squares passes 65504."""
     sizes = (640, 8) if device == "cpu" else (640, 64)
@@ -471,7 +471,7 @@ def many_processors(monkeypatch):
 @pytest.mark.usefixtures("many_processors")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("mean", [100.0])
 def test_parity_in_slices(mean, dtype, layout, device):
     x = torch.randn(1, 80, 33, 35, device=device) + torch.linspace(0, 9, 35, device=device) + mean
     x = LAYOUTS[layout](x.to(dtype))
