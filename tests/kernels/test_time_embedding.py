@@ -1,4 +1,4 @@
-"""timestep_embedding and add_time_embedding: parity, layouts, bad input."""
+"""timestep_embedding and add_time_embedding: results and gradients, layouts, bad input."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 
 from fastunet import kernels
 from fastunet.kernels import reference
-from fastunet.testing import DTYPES, SHAPES, assert_parity, make_inputs
+from fastunet.testing import DTYPES, SHAPES, assert_gradients, make_inputs
 
 triton_add = partial(kernels.add_time_embedding, backend="triton")
 
@@ -16,7 +16,7 @@ triton_add = partial(kernels.add_time_embedding, backend="triton")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(dtype, channels_last, device):
-    sizes = [(320, 8), (30, 3)]
+    sizes = [(320, 5), (30, 3)]
     if device == "cuda":
         sizes += [size for model in SHAPES.values() for size in model["add_time_embedding"]]
     for channels, side in sizes:
@@ -24,7 +24,7 @@ def test_parity(dtype, channels_last, device):
             "add_time_embedding", channels, side,
             dtype=dtype, device=device, channels_last=channels_last,
         )  # fmt: skip
-        assert_parity(triton_add, reference.add_time_embedding, *args)
+        assert_gradients(triton_add, reference.add_time_embedding, *args)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         assert triton_add(*args).is_contiguous(memory_format=layout)
 
@@ -32,25 +32,102 @@ def test_parity(dtype, channels_last, device):
 @pytest.mark.parametrize("shape", [(2, 6), (2, 5, 7), (1, 3, 2, 4, 5), (3, 1, 1, 1), (2, 200, 33)])
 def test_ragged_shapes(shape, device):
     x, emb = torch.randn(shape, device=device), torch.randn(shape[:2], device=device)
-    assert_parity(triton_add, reference.add_time_embedding, x, emb)
+    assert_gradients(triton_add, reference.add_time_embedding, x, emb)
 
 
 def test_strides(device):
     x = torch.randn(2, 12, 6, 8, device=device)
     emb = torch.randn(12, 2, device=device).t()
     for view in (x[:, ::2], x[:, :, ::2], x[..., ::2], x[:1].expand_as(x), x.transpose(2, 3)):
-        assert_parity(triton_add, reference.add_time_embedding, view, emb[:, : view.shape[1]])
+        assert_gradients(triton_add, reference.add_time_embedding, view, emb[:, : view.shape[1]])
 
 
 def test_fp32_embedding_beside_16_bit_activations(device):
     x = torch.randn(2, 6, 3, 3, device=device).half()
-    assert_parity(triton_add, reference.add_time_embedding, x, torch.randn(2, 6, device=device))
+    assert_gradients(triton_add, reference.add_time_embedding, x, torch.randn(2, 6, device=device))
+
+
+def test_16_bit_embedding_beside_fp32_activations(device):
+    """What autocast hands over: its linear layers give 16 bits."""
+    x, emb = torch.randn(2, 6, 3, 3, device=device), torch.randn(2, 6, device=device).bfloat16()
+    assert_gradients(triton_add, reference.add_time_embedding, x, emb)
+
+
+UPSTREAM = {
+    "one value": lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand_as(y),
+    "nhwc": lambda y: torch.randn_like(y).to(memory_format=torch.channels_last),
+    "transposed": lambda y: torch.randn_like(y.mT.contiguous()).mT,
+    "over space": lambda y: torch.randn_like(y[..., :1]).expand_as(y),
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+def test_gradients_of_any_strides(upstream, device):
+    x, emb = torch.randn(2, 12, 6, 8, device=device), torch.randn(2, 12, device=device)
+    assert_gradients(triton_add, reference.add_time_embedding, x, emb, upstream=UPSTREAM[upstream])
+
+
+def test_the_gradient_of_the_image_is_the_incoming_one(device):
+    """The same tensor: nothing is copied."""
+    x, emb = torch.randn(2, 6, 3, 3, device=device), torch.randn(2, 6, device=device)
+    y = triton_add(x.requires_grad_(), emb)
+    upstream = torch.randn_like(y)
+    assert torch.autograd.grad(y, x, upstream)[0].data_ptr() == upstream.data_ptr()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_over_space_in_slices(dtype, channels_last, device, monkeypatch):
+    """As on a GPU that the channels alone leave idle. Off zero, where fp16 sums would overflow."""
+    monkeypatch.setattr("fastunet.kernels._launch.processors", lambda tensor: 16)
+    x = torch.randn(1, 12, 60, 60, device=device).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    emb = torch.randn(1, 12, device=device).to(dtype)
+    assert_gradients(
+        triton_add, reference.add_time_embedding, x, emb,
+        upstream=lambda y: (torch.randn_like(y) + 3).to(y),
+    )  # fmt: skip
+
+
+def test_every_run_gives_the_same_bits(device):
+    x, emb = torch.randn(2, 30, 9, 9, device=device), torch.randn(2, 30, device=device)
+    upstream = torch.randn_like(x)
+    runs = []
+    for _ in range(3):
+        leaf = emb.clone().requires_grad_()
+        y = triton_add(x, leaf)
+        runs.append((y, *torch.autograd.grad(y, leaf, upstream)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_gradcheck(device):
+    if device != "cpu":
+        pytest.skip("fp64 is for the interpreter")
+    made = [torch.randn(s).double().requires_grad_() for s in ((2, 5, 3, 2), (2, 5))]
+    assert torch.autograd.gradcheck(triton_add, made)
+
+
+def test_positions_further_than_2_to_the_31_apart(device):
+    """Lazily committed storage: only the pages that are touched exist."""
+    storage = torch.empty(2**31 + 64, dtype=torch.float16, device=device)
+    far = storage.as_strided((1, 8, 2, 1), (1, 1, 2**31, 1)).copy_(torch.randn(1, 8, 2, 1))
+    emb = torch.randn(1, 8, device=device).half()
+    found = []
+    for x in (far, far.clone()):
+        leaf = emb.clone().requires_grad_()
+        y = triton_add(x, leaf)
+        found.append((y, *torch.autograd.grad(y, leaf, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_empty_batch_gives_an_empty_result(backend, device):
-    x, emb = torch.empty(0, 6, 3, 3, device=device), torch.empty(0, 6, device=device)
-    assert kernels.add_time_embedding(x, emb, backend=backend).shape == x.shape
+    x, emb = (torch.empty(0, 6, *s, device=device, requires_grad=True) for s in ((3, 3), ()))
+    y = kernels.add_time_embedding(x, emb, backend=backend)
+    assert y.shape == x.shape
+    assert torch.autograd.grad(y.sum(), emb)[0].shape == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +169,18 @@ def test_timestep_embedding_is_the_formula(dim, shift, flip_sin_to_cos):
             assert emb[row, half + i] == pytest.approx(second, abs=2e-4)
     assert emb.dtype == torch.float32 and emb.shape == (4, dim)
     assert dim % 2 == 0 or not emb[:, -1].any()
+
+
+@pytest.mark.parametrize("dim", [320, 7])
+def test_timestep_embedding_is_ldms(dim):
+    """CompVis ldm's, which is guided-diffusion's: cosines first, frequencies over half, the odd
+    feature zero. The defaults are these.
+    """
+    timesteps, half = torch.tensor([0, 1, 500, 999]), dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    angles = timesteps[:, None].float() * frequencies[None]
+    expected = torch.cat([angles.cos(), angles.sin(), torch.zeros(4, dim % 2)], dim=-1)
+    torch.testing.assert_close(kernels.timestep_embedding(timesteps, dim), expected, rtol=0, atol=0)
 
 
 def test_timestep_embedding_is_diffusers_to_the_bit():
