@@ -9,6 +9,7 @@ of, would become minus infinity, and a row of nothing else would lose its weight
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -75,6 +76,26 @@ def _products(left1, left2, right1, right2, D2: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
+def _add_product(
+    sum1, sum2, weights, right1, right2, D2: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """sum + weights right, [rows of weights, D1 and D2]."""
+    sum1 = _add_dot(sum1, weights, right1, PRECISION)
+    if D2 > 0:
+        sum2 = _add_dot(sum2, weights, right2, PRECISION)
+    return sum1, sum2
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr):
+    zeros1 = tl.zeros([ROWS, D1], ACC)
+    zeros2 = zeros1
+    if D2 > 0:
+        zeros2 = tl.zeros([ROWS, D2], ACC)
+    return zeros1, zeros2
+
+
+@triton.jit
 def _scores(
     products, scale, row, rows, column, columns,
     mask_ptr, stride_row, stride_column, MASK: tl.constexpr,
@@ -130,6 +151,13 @@ def _row_scores(
     products = _products(query1, query2, key1, key2, D2, PRECISION)
     scores = _scores(products, scale, m, M, n, N, mask_ptr, stride_mm, stride_mn, MASK)
     return tl.where((n < N)[None, :], scores, float("-inf"))
+
+
+class Tile(NamedTuple):
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
 
 
 def split(size: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ transpose before or after. The gradients are in attention_backward.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -23,6 +23,7 @@ from fastunet.kernels import _checks, _launch
 from fastunet.kernels._attention_tile import (
     LOWEST,
     ONE_TILE_KEYS,
+    Tile,
     _add_dot,
     _exp,
     _row_scores,
@@ -194,25 +195,17 @@ def _streaming_kernel(
     _store_tiles(out_ptr, m, M, HEADS * HEAD_DIM, out1, out2, HEAD_DIM, D1, D2)
 
 
-class Tile(NamedTuple):
-    one_tile: bool
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-def launch_table(keys: int, head_dim: int, itemsize: int, masked: bool = False) -> Tile:
+def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
     """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory."""
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
-        return Tile(False, 32, 32 if head_dim <= 160 else 16, num_warps=8, num_stages=1)
+        return Tile(32, 32 if head_dim <= 160 else 16, num_warps=8, num_stages=1)
     if keys <= ONE_TILE_KEYS:
         # Past 64 half the queries, so that four warps hold them; past 128 eight do so with fewer
         # registers (194 a thread instead of 234 at head dim 160, 77 keys, compiled for sm_80).
         queries, num_warps = (128, 8) if head_dim <= 64 else (64, 4 if head_dim <= 128 else 8)
-        return Tile(True, queries, keys, num_warps, num_stages=1)
+        return Tile(queries, keys, num_warps, num_stages=1)
     queries = 128 if head_dim <= 80 else 64
-    return Tile(False, queries, 64 if head_dim <= 160 else 32, num_warps=8, num_stages=2)
+    return Tile(queries, 64 if head_dim <= 160 else 32, num_warps=8, num_stages=2)
 
 
 def _forward(
@@ -233,9 +226,9 @@ def _forward(
     mask, mask_strides, mask_kind = mask_arguments(mask, batch, heads, queries, keys)
     _, scale = score_scale(head_dim, scale, mask)
     d1, d2 = split(head_dim)
-    tile = launch_table(keys, head_dim, query.element_size(), mask is not None)
+    tile = launch_table(keys, head_dim, query.element_size())
     grid = (batch * heads * triton.cdiv(queries, tile.queries),)
-    if tile.one_tile:
+    if not streams(query, key):
         n1, n2 = split(tile.keys)
         kernel, outputs, sizes = _one_tile_kernel, (out,), {"N1": n1, "N2": n2}
     else:
