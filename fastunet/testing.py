@@ -57,6 +57,15 @@ SHAPES: dict[str, dict[str, list[tuple[int, ...]]]] = {
     },
 }
 
+# What make_inputs can make of each op beside the plain call.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "group_norm": ("norm alone", "scale_shift", "skip", "tokens"),
+    "attention": ("boolean mask", "additive mask", "merged"),
+    "add_time_embedding": (),
+    "geglu": (),
+    "add_layer_norm": ("no affine", "exact sum"),
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -179,7 +188,7 @@ def gradient_rows(
     results, eager, truth = (outputs for outputs, _ in runs)
     rows = []
     for i, outputs in enumerate(zip(results, eager, truth, strict=True)):
-        rows.append(compare(f"{name} output{i if len(eager) > 1 else ''}", *outputs))
+        rows.append(compare(f"{name} output{i if len(eager) > 1 else ''}".lstrip(), *outputs))
     leaves = runs[0][1]
     draws = 1
     if upstream is torch.randn_like:
@@ -196,7 +205,7 @@ def gradient_rows(
     for i, (leaf, value) in enumerate(leaves.items()):
         gradients = [torch.stack([gradient[i] for gradient in found]) for found in drawn]
         assert gradients[0].dtype == value.dtype, f"{name}: d_{leaf} is {gradients[0].dtype}"
-        rows.append(compare(f"{name} d_{leaf}", *gradients))
+        rows.append(compare(f"{name} d_{leaf}".lstrip(), *gradients))
     return rows
 
 
@@ -231,28 +240,53 @@ def make_inputs(
     dtype: torch.dtype,
     device: str = "cpu",
     mean: float = 0.0,
+    std: float = 1.0,
     batch: int = 2,
     channels_last: bool = False,
+    variant: str = "",
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of an op at sizes as in :data:`SHAPES`, random affine and shift included.
+    """(args, kwargs) of an op at sizes as in :data:`SHAPES`, with random parameters.
 
-    ``mean`` moves the values that are normalised off zero, where a careless variance loses its digits.
+    Args:
+        mean, std: of the values that are normalised. Off zero a careless variance loses its digits;
+            far spread, squares pass the largest fp16.
+        variant: "" is the plain call, group_norm's with shift and SiLU. Others, by op:
+            group_norm: "norm alone"; "scale_shift" or "skip" with SiLU, the last third or half of
+            the channels being the skip's; "tokens". attention: "boolean mask", "additive mask",
+            each with a part of the keys unseen; "merged", query, key and value slices of one
+            tensor. add_layer_norm: "no affine"; "exact sum", the residual being -x / 2: rounding
+            the sum, which costs eager as much, then hides nothing of the norm.
+
+    Raises:
+        ValueError: there is no such op, or it has no such variant.
     """
+    if op not in VARIANTS:
+        raise ValueError(f"op must be one of {', '.join(VARIANTS)}, got {op!r}")
+    if variant not in ("", *VARIANTS[op]):
+        raise ValueError(f"variant of {op} must be one of {VARIANTS[op]} or '', got {variant!r}")
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, device=device)
 
+    def values(*shape: int) -> Tensor:
+        return (randn(*shape) * std + mean).to(dtype)
+
     def image(channels: int, side: int) -> Tensor:
-        x = (randn(batch, channels, side, side) + mean).to(dtype)
+        x = values(batch, channels, side, side)
         return x.to(memory_format=torch.channels_last) if channels_last else x
 
     if op == "group_norm":
         channels, side = sizes
+        skipped = channels // (2 if channels % 3 else 3) if variant == "skip" else 0
         weight, bias, *shift = randn(2 + batch, channels).to(dtype)
-        return (image(channels, side), 32, weight, bias), {
-            "shift": torch.stack(shift),
-            "activation": "silu",
-        }
+        args = image(channels - skipped, side), 32, weight, bias
+        if variant in ("norm alone", "tokens"):
+            return args, {"tokens": True} if variant == "tokens" else {}
+        if variant == "scale_shift":
+            extra = randn(batch, 2 * channels).to(dtype)
+        else:
+            extra = image(skipped, side) if variant == "skip" else torch.stack(shift)
+        return args, {variant or "shift": extra, "activation": "silu"}
     if op == "add_time_embedding":
         channels, side = sizes
         return (image(channels, side), randn(batch, channels).to(dtype)), {}
@@ -261,13 +295,27 @@ def make_inputs(
         return (randn(batch, length, 2 * features).to(dtype),), {}
     if op == "add_layer_norm":
         features, length = sizes
-        x, residual = ((randn(batch, length, features) + mean).to(dtype) for _ in range(2))
-        return (x, residual, *randn(2, features).to(dtype)), {}
-    if op == "attention":
-        heads, head_dim, queries, keys = sizes
-        shapes = [(batch, length, heads * head_dim) for length in (queries, keys, keys)]
-        return (*(randn(*shape).to(dtype) for shape in shapes), heads), {}
-    raise ValueError(f"op must be one of {', '.join(SHAPES['sd15'])}, got {op!r}")
+        x, residual = (values(batch, length, features) for _ in range(2))
+        residual = -x / 2 if variant == "exact sum" else residual
+        affine = () if variant == "no affine" else randn(2, features).to(dtype)
+        return (x, residual, *affine), {}
+    heads, head_dim, queries, keys = sizes
+    width = heads * head_dim
+    if variant == "merged":
+        merged = randn(batch, max(queries, keys), 3 * width).to(dtype)
+        query, key, value = merged.chunk(3, dim=-1)
+        return (query[:, :queries], key[:, :keys], value[:, :keys], heads), {}
+    query, key, value = (
+        randn(batch, length, width).to(dtype) for length in (queries, keys, keys)
+    )
+    if not variant:
+        return (query, key, value, heads), {}
+    seen = torch.rand(batch, 1, queries, keys, device=device) < 0.7
+    seen[..., 0] = True  # a query that sees no key gives 0
+    mask = seen
+    if variant == "additive mask":
+        mask = torch.where(seen, randn(*seen.shape), -torch.inf).to(dtype)
+    return (query, key, value, heads), {"mask": mask}
 
 
 def to_double(value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections import namedtuple
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -182,7 +183,7 @@ def test_make_inputs_names_a_wrong_op():
 @torch.no_grad()
 @pytest.mark.parametrize("family", SHAPES)
 def test_shapes_are_those_of_the_real_model(family, monkeypatch):
-    """One forward on the meta device, with an eye on every norm, attention and resnet."""
+    """One forward on the meta device, with an eye on every norm, attention, GEGLU and resnet."""
     model = small_unets.published("diffusers", family)
     found = {op: set() for op in SHAPES[family]}
 
@@ -193,6 +194,10 @@ def test_shapes_are_those_of_the_real_model(family, monkeypatch):
             found["group_norm"].add((x.shape[1], x.shape[2]))
         elif isinstance(module, ResnetBlock2D):
             found["add_time_embedding"].add((output.shape[1], output.shape[2]))
+        elif isinstance(module, GEGLU):
+            found["geglu"].add((output.shape[2], output.shape[1]))
+        elif isinstance(module, nn.LayerNorm):
+            found["add_layer_norm"].add((x.shape[2], x.shape[1]))
 
     scaled_dot_product_attention = F.scaled_dot_product_attention
 
@@ -203,7 +208,7 @@ def test_shapes_are_those_of_the_real_model(family, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     for module in model.modules():
-        if isinstance(module, (nn.GroupNorm, ResnetBlock2D)):
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm, ResnetBlock2D, GEGLU)):
             module.register_forward_hook(see, with_kwargs=True)
 
     def empty(*shape):
