@@ -13,6 +13,7 @@ luck, the rule can still be broken by chance; so a gradient that small is held t
 upstream gradients at once. Public: for tests of third parties' layers too.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,9 @@ class Row:
         return self.finite and self.ratio <= 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "ratio": self.ratio, "passed": self.passed}
+        """Plain types, for JSON, which has no infinity: None stands for it."""
+        values = {**self.__dict__, "ratio": self.ratio, "passed": self.passed}
+        return {key: None if value == math.inf else value for key, value in values.items()}
 
 
 def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Row:
@@ -305,9 +308,7 @@ def make_inputs(
         merged = randn(batch, max(queries, keys), 3 * width).to(dtype)
         query, key, value = merged.chunk(3, dim=-1)
         return (query[:, :queries], key[:, :keys], value[:, :keys], heads), {}
-    query, key, value = (
-        randn(batch, length, width).to(dtype) for length in (queries, keys, keys)
-    )
+    query, key, value = (randn(batch, length, width).to(dtype) for length in (queries, keys, keys))
     if not variant:
         return (query, key, value, heads), {}
     seen = torch.rand(batch, 1, queries, keys, device=device) < 0.7

@@ -1,5 +1,6 @@
 """The parity rule itself, and that SHAPES is what the real models ask."""
 
+import json
 import math
 from collections import namedtuple
 
@@ -15,6 +16,7 @@ from fastunet.kernels import reference
 from fastunet.testing import (
     DTYPES,
     SHAPES,
+    VARIANTS,
     assert_parity,
     compare,
     make_inputs,
@@ -74,6 +76,12 @@ def test_a_row_tells_its_numbers():
     assert (row.error, row.eager, row.budget) == (2 * eps, eps, 3 * eps)
     assert row.ratio == row.rms_ratio == pytest.approx(1 / (1.25 * 0.5 + 0.25))
     assert row.to_dict()["ratio"] == row.ratio and row.to_dict()["passed"] == row.passed
+
+
+def test_a_row_of_infinite_error_is_json():
+    row = compare("row", torch.tensor([math.inf, 1]), torch.ones(2), torch.ones(2).double())
+    loaded = json.loads(json.dumps(row.to_dict(), allow_nan=False))
+    assert loaded["error"] is loaded["ratio"] is None and not loaded["passed"]
 
 
 NAN, INF = math.nan, math.inf
@@ -175,9 +183,49 @@ def test_make_inputs_fit_the_op(op, sizes, dtype, channels_last):
         )
 
 
-def test_make_inputs_names_a_wrong_op():
+SIZES = {
+    "group_norm": (96, 4),
+    "attention": (2, 8, 5, 7),
+    "add_time_embedding": (8, 4),
+    "geglu": (8, 5),
+    "add_layer_norm": (8, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "op, variant", [(op, variant) for op, names in VARIANTS.items() for variant in ("", *names)]
+)
+def test_every_variant_is_a_call_of_its_own(op, variant, dtype):
+    assert list(VARIANTS) == list(SHAPES["sd15"])
+    args, kwargs = make_inputs(op, *SIZES[op], dtype=dtype, mean=3.0, variant=variant)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    assert all(t.dtype in (dtype, torch.bool) for t in tensors)
+    results = getattr(reference, op)(*args, **kwargs)
+    for y in results if isinstance(results, tuple) else (results,):
+        assert y.dtype == dtype and y.isfinite().all()
+
+
+def test_a_skip_is_a_part_of_the_channels():
+    (x, *_), parts = make_inputs("group_norm", 96, 4, dtype=torch.float32, variant="skip")
+    assert x.shape[1] == 64 and parts["skip"].shape[1] == 32
+    (x, *_), parts = make_inputs("group_norm", 64, 4, dtype=torch.float32, variant="skip")
+    assert x.shape[1] == parts["skip"].shape[1] == 32
+
+
+def test_an_exact_sum_is_exact():
+    for dtype in DTYPES:
+        (x, residual, *_), _ = make_inputs(
+            "add_layer_norm", 64, 9, dtype=dtype, mean=30.0, variant="exact sum"
+        )
+        assert torch.equal((x + residual).double(), x.double() + residual.double())
+
+
+def test_make_inputs_names_what_is_wrong():
     with pytest.raises(ValueError, match="op must be one of group_norm, attention, add_time_emb"):
         make_inputs("conv", 1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="variant of geglu must be one of .* got 'skip'"):
+        make_inputs("geglu", 8, 5, dtype=torch.float32, variant="skip")
 
 
 @torch.no_grad()
