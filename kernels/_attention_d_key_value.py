@@ -114,7 +114,7 @@ def launch_table(head_dim: int, itemsize: int, masked: bool) -> Tile:
     """
     share = 2 if masked else 1
     if itemsize == 4:
-        return Tile(32, 32, num_warps=8, num_stages=1)
+        return Tile(32 if head_dim <= 128 else 16, 32, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return Tile(64 // share, 128, num_warps=8, num_stages=2)
     if head_dim <= 128:

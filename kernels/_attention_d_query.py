@@ -233,7 +233,8 @@ def _streaming_d_query_kernel(
 def launch_table(head_dim: int, itemsize: int) -> Tile:
     """Tiles that spill no register on sm_80 and sm_90. One tile of all keys ignores ``keys``."""
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
-        return Tile(32, 32, num_warps=8, num_stages=1)
+        size = 32 if head_dim <= 128 else 16  # rows of query and d_out are operands side by side
+        return Tile(size, size, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return Tile(128, 64, num_warps=8, num_stages=2)
     return Tile(64, 64 if head_dim <= 128 else 32, num_warps=8, num_stages=2)

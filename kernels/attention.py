@@ -15,6 +15,7 @@ transpose before or after. The gradients are in attention_backward.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,6 +43,9 @@ from fastunet.kernels._attention_tile import (
 )
 from fastunet.kernels._operator import Operator
 from fastunet.kernels.attention_backward import backward, fake_backward
+
+# Told no limit, ptxas spills a few registers where one more program would then fit a processor.
+FP32_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
 
 
 @triton.jit
@@ -198,7 +202,8 @@ def _streaming_kernel(
 def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
     """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory."""
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
-        return Tile(32, 32 if head_dim <= 160 else 16, num_warps=8, num_stages=1)
+        queries, keys = 32 if head_dim <= 128 else 16, 32 if head_dim <= 160 else 16
+        return Tile(queries, keys, num_warps=8, num_stages=1)
     if keys <= ONE_TILE_KEYS:
         # Past 64 half the queries, so that four warps hold them; past 128 eight do so with fewer
         # registers (194 a thread instead of 234 at head dim 160, 77 keys, compiled for sm_80).
@@ -240,6 +245,7 @@ def _forward(
         HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2, BLOCK_M=tile.queries, **sizes,
         MASK=mask_kind, PRECISION=fp32_precision(query),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **(FP32_OPTIONS if query.element_size() == 4 else {}),
     )  # fmt: skip
     return out, statistics
 
