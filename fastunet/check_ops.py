@@ -112,13 +112,17 @@ class OpParity:
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = []
-        for op, group in itertools.groupby(self.results, key=lambda result: result.case.op):
-            about = ("configuration", "layout") if op in IMAGES else ("configuration",)
-            parts += [_table(op, about, [(r.case, r.worst) for r in group]), ""]
-        failed = [(r.case, row) for r in self.results for row in r.rows if not row.passed]
-        if failed:
-            parts += [_table("failed", ("op", "configuration", "layout"), failed), ""]
-        parts += [f"{r.case} did not run: {r.failure}" for r in self.results if r.failure]
+        ops = itertools.groupby(self.results, key=lambda result: result.case.op)
+        groups = [(op, list(results)) for op, results in ops]
+        for op, results in groups:
+            parts += [_table(op, "worst", [(r.case, r.worst) for r in results]), ""]
+        for op, results in groups:
+            failed = [(r.case, row) for r in results for row in r.rows if not row.passed]
+            if failed:
+                parts += [_table(op, "failed", failed), ""]
+        parts += [
+            Text(f"{r.case} did not run: {r.failure}", "red") for r in self.results if r.failure
+        ]
         return Group(*parts, self._summary())
 
     def _summary(self) -> Text:
@@ -218,13 +222,14 @@ def _by_nchw(op: str, **made: Any) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
 
 
-def _table(title: str, about: Sequence[str], lines: Sequence[tuple[Case, Row | None]]) -> Table:
-    """At most 80 columns wide if all passes; ``about`` are the attributes of the case to show."""
+def _table(op: str, which: str, lines: Sequence[tuple[Case, Row | None]]) -> Table:
+    """At most 80 columns wide; ``which`` heads the names of the outputs and gradients."""
+    about = ("configuration", "layout") if op in IMAGES else ("configuration",)
     table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=None,
+        title=op, title_justify="left", title_style="bold", header_style="dim", box=None,
         pad_edge=False, padding=(0, 1, 0, 0),
     )  # fmt: skip
-    for name in (*about, "dtype", "worst"):
+    for name in (*about, "dtype", which):
         table.add_column(name)
     for name in ("ours", "eager", "budget", "share"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -232,10 +237,10 @@ def _table(title: str, about: Sequence[str], lines: Sequence[tuple[Case, Row | N
     for case, row in lines:
         cells = [*(getattr(case, name) for name in about), NAMES[case.dtype]]
         if row is None:
-            table.add_row(*cells, *[""] * 5, "FAIL", style="red")
-            continue
-        numbers = [f"{value:.1e}" for value in (row.error, row.eager, row.budget)]
-        verdict = "ok" if row.passed else "FAIL" if row.finite else "FAIL (NaN or Inf)"
-        cells += [row.name, *numbers, f"{row.ratio:.2f}", verdict]
-        table.add_row(*cells, style="" if row.passed else "red")
+            cells += ["did not run", *[""] * 4, "FAIL"]
+        else:
+            numbers = [f"{value:.1e}" for value in (row.error, row.eager, row.budget)]
+            verdict = "ok" if row.passed else "FAIL" if row.finite else "FAIL NaN"
+            cells += [row.name, *numbers, f"{row.ratio:.2f}", verdict]
+        table.add_row(*cells, style="" if row and row.passed else "red")
     return table
