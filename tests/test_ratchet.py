@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ratchet
+from fastunet import kernels
+from fastunet.kernels import reference
 from fastunet.testing import DTYPES, SHAPES
 
 OPS = list(SHAPES["sd15"])
@@ -18,6 +20,18 @@ KINDS = ("outputs", "gradients")
 def test_no_share_rises(op, dtype):
     _, rose = ratchet.lowered(ratchet.committed(), ratchet.measure([op], [dtype]))
     assert not rose
+
+
+def test_a_kernel_that_rounds_as_eager_does_is_seen(monkeypatch):
+    """Well within the rule, and worse than what is committed."""
+    monkeypatch.setattr(kernels, "geglu", lambda x, backend: reference.geglu(x))
+    found = ratchet.measure(["geglu"], [torch.float16])
+    _, rose = ratchet.lowered(ratchet.committed(), found)
+    assert all(share < 0.8 for share in found["geglu"]["float16"].values())
+    assert [line.split(":")[0] for line in rose] == [
+        "geglu float16 outputs",
+        "geglu float16 gradients",
+    ]
 
 
 def test_the_file_has_every_op_and_dtype_within_the_rule():
