@@ -30,7 +30,7 @@ OPTIONS: dict[str, list[tuple[str, dict[str, Any], list[tuple[int, ...]]]]] = {
     "group_norm": [
         ("norm alone", {"variant": "norm alone"}, [(640, 32)]),
         ("scale_shift", {"variant": "scale_shift"}, [(640, 32)]),
-        ("skip", {"variant": "skip"}, [(960, 64), (2560, 16)]),
+        ("skip", {"variant": "skip"}, [(960, 64), (1920, 32)]),  # a group in both sources
         ("tokens", {"variant": "tokens"}, [(320, 64)]),
         ("mean 30", {"mean": 30.0}, [(640, 64)]),
         ("std 30", {"std": 30.0}, [(640, 64)]),  # squares of a group sum to over 65504
@@ -168,12 +168,12 @@ def _options(op: str, device: str) -> Iterator[tuple[str, dict[str, Any], list[t
 
 
 def _shrunk(op: str, size: tuple[int, ...]) -> tuple[int, ...]:
-    """What the interpreter can afford; of the widest groups 8 x 8 pixels are several tiles."""
+    """What the interpreter can afford; of the widest group 8 x 8 pixels are several tiles."""
     if op == "attention":
         heads, head_dim, queries, keys = size
         return min(heads, 2), head_dim, min(queries, 48), min(keys, 144)
     width, extent = size
-    most = 16 if op not in IMAGES else 4 if width <= 1280 else 8
+    most = 16 if op not in IMAGES else 4 if width < 2560 else 8
     return width, min(extent, most)
 
 
