@@ -82,11 +82,10 @@ def _d_key_value_kernel(
         query1, query2 = _tiles(query_ptr, m, M, stride_qm, HEAD_DIM, D1, D2)
         grad1, grad2 = _tiles(grad_ptr, m, M, stride_gm, HEAD_DIM, D1, D2)
         base = tl.load(statistics_ptr + m, mask=m < M, other=0.0)
-        inverse = tl.load(statistics_ptr + M + m, mask=m < M, other=0.0)
+        inverse = tl.load(statistics_ptr + M + m, mask=m < M, other=0.0)  # p is 0 past the last
         products = _products(key1, key2, query1, query2, D2, PRECISION)
         scores = _scores(products, score_scale, n, N, m, M, mask_ptr, stride_mn, stride_mm, MASK)
         p = _exp(scores - base[None, :], MASK) * inverse[None, :]
-        p = tl.where((m < M)[None, :], p, 0.0)
         if d_value_ptr is not None:
             d_value1, d_value2 = _add_product(
                 d_value1, d_value2, p.to(query1.dtype), grad1, grad2, D2, PRECISION

@@ -26,6 +26,7 @@ import small_unets
 from fastunet.hosts.diffusers import FusedResnetBlock2D
 from fastunet.kernels import recording, use_backend
 from fastunet.models import unet_sd
+from fastunet.testing import compare, to_double
 from small_unets import make_inputs, run
 
 HOSTS = ["diffusers", "fastunet"]
@@ -273,17 +274,35 @@ def test_one_time_embedding_for_the_whole_batch(unet):
     assert torch.equal(block(input_tensor=x, temb=emb), expected)
 
 
-def test_the_gradient_is_eagers(model, inputs):
-    """Backend "auto": a required gradient takes the reference, in the interpreter too."""
-    gradients = []
-    with use_backend("auto"):
-        for accelerated in (False, True):
-            if accelerated:
-                fastunet.accelerate(model)
-            loss = run(model, *inputs[0], **inputs[1]).square().sum()
-            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
-    assert any(gradient.any() for gradient in gradients[0])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+def gradients(model, args, kwargs):
+    loss = run(model, *args, **kwargs).square().mean()
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_on_pytorch_the_gradient_is_eagers_bit_for_bit(model, inputs):
+    eager = gradients(model, *inputs)
+    fastunet.accelerate(model)
+    assert any(gradient.any() for gradient in eager)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, *inputs), eager, strict=True))
+
+
+@pytest.mark.parametrize("host, family", [("diffusers", "sd15"), ("fastunet", "sdxl")])
+def test_gradients_are_as_close_to_the_truth_as_pytorchs(built, host, family, device):
+    """All parameters as one vector, each in units of its own largest gradient."""
+    model = built(host, family).to(device)
+    inputs = move(make_inputs(host, family), device)
+    truth = gradients(copy.deepcopy(model).double(), *to_double(inputs))
+    eager = gradients(model, *inputs)
+    fastunet.accelerate(model)
+    with use_backend("triton"), recording() as ran:
+        ours = gradients(model, *inputs)
+    assert {backend for _, backend in ran} == {"triton"}
+    scales = [2.0 ** -gradient.abs().max().log2().floor() for gradient in truth]  # exact in fp32
+    row = compare("gradient", *(
+        torch.cat([(g * s).flatten() for g, s in zip(each, scales, strict=True)]).to(dtype)
+        for each, dtype in ((ours, torch.float32), (eager, torch.float32), (truth, torch.float64))
+    ))  # fmt: skip
+    assert row.passed, row
 
 
 def test_dropout_is_honoured_in_training():
@@ -312,14 +331,13 @@ def test_autocast_gives_eagers_dtype_and_values(model, inputs, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("host", HOSTS)
 def test_torch_compile_takes_the_whole_model_as_one_graph(built, host):
-    """With the reference inside, wherever kernels run: Inductor fuses that itself."""
+    """With the reference inside; tests/kernels/test_registration.py has it with the kernels."""
     model = built(host)
     expected = output(model)
     fastunet.accelerate(model)
     torch.compiler.reset()
-    with use_backend("auto"):
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert torch.equal(output(compiled), expected)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(output(compiled), expected)
     torch.compiler.reset()
 
 

@@ -11,6 +11,7 @@ import small_unets
 from fastunet.kernels import use_backend
 from fastunet.nn import FlashCrossAttention
 from fastunet.testing import DTYPES, assert_parity
+from layers import assert_trains
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 HOSTS = ["diffusers", "fastunet"]
@@ -60,13 +61,7 @@ def test_parity_with_the_layer_it_replaces(layer, dtype, device):
 
 
 def test_it_trains(layer):
-    args = tokens(layer)
-    fused = FlashCrossAttention.from_layer(layer)
-    parameters = list(layer.parameters())
-    gradients = [
-        torch.autograd.grad(each(*args).square().sum(), parameters) for each in (layer, fused)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert_trains(FlashCrossAttention.from_layer(layer), layer, *tokens(layer))
 
 
 def test_its_own_layer_is_diffusers():
@@ -86,7 +81,8 @@ def test_dropout_of_the_output_is_honoured():
     x, results = torch.randn(1, 8, 16), []
     for each in (layer, fused):
         torch.manual_seed(3)
-        results.append(each(x))
+        with use_backend("torch"):
+            results.append(each(x))
     assert torch.equal(*results) and (results[0] == 0).any()
 
 

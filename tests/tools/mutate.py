@@ -4,18 +4,37 @@
 
 A mutant is a kernel file with one operator, comparison, stride, call, constant or statement inside
 an @triton.jit function changed. It is killed by the parity rule or by a sanitizer, on the cases of
-tests/kernels/test_mutants.py; one that does not run at all is not counted. A survivor must stand in
-EXPLAINED with the reason why it computes the same, or the tests have a gap.
+mutant_cases.py; one that does not run at all is not counted. A survivor must stand in EXPLAINED
+with the reason why it computes the same, or the tests have a gap. Exit code 1 if fewer than 95 %
+are killed or a survivor is not explained.
 """
 
 import argparse
 import ast
 import dataclasses
+import multiprocessing
+import os
 import random
+import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+import torch
+
+import mutant_cases
+import poison
+import sanitizers
+from fastunet import interpreter
+from fastunet.kernels import _launch
+from planting import KERNELS, planted
+
+ENOUGH = 0.95  # of the mutants that run
+PATIENCE = 300  # seconds; the cases of an unchanged kernel take 15 at most
 
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.Div: "*", ast.FloorDiv: "%", ast.Mod: "//",
@@ -33,6 +52,7 @@ CALLS = {
 class Mutant:
     file: str  # of kernels/, without .py
     line: int
+    line_text: str
     text: str  # what stood there
     instead: str
     start: int  # of the text in the file
@@ -41,7 +61,7 @@ class Mutant:
     @property
     def name(self) -> str:
         """Without the line number, so that it outlives edits above it."""
-        return f"{self.file}: {self.text} -> {self.instead}"
+        return f"{self.file}: {self.line_text}: {self.text} -> {self.instead}"
 
     def apply(self, source: str) -> str:
         return source[: self.start] + self.instead + source[self.end :]
@@ -62,7 +82,8 @@ def mutants(file: str, source: str) -> Iterator[Mutant]:
 
     def mutant(node: ast.AST, instead: str) -> Mutant:
         start, end = at(node), at(node, end=True)
-        return Mutant(file, node.lineno, source[start:end], instead, start, end)
+        line_text = source.splitlines()[node.lineno - 1].strip()
+        return Mutant(file, node.lineno, line_text, source[start:end], instead, start, end)
 
     for function in ast.walk(ast.parse(source)):
         decorators = getattr(function, "decorator_list", [])
@@ -117,7 +138,8 @@ def _mutate(node, parent, strides, source, at, mutant) -> Iterator[Mutant]:
         is_axis = isinstance(parent, ast.Call) and ast.unparse(parent.func) in (
             "tl.sum", "tl.max", "tl.arange", "tl.program_id", "tl.zeros",
         )  # fmt: skip
-        if not is_axis:
+        # What is compared with a number has a comparison to change: D2 > 1 is D2 > 0.
+        if not is_axis and not isinstance(parent, ast.Compare):
             yield mutant(node, "1" if node.value == 0 else "0")
 
 
@@ -127,12 +149,74 @@ EXPLAINED: dict[str, str] = {}
 
 def verdict(mutant: Mutant) -> str:
     """ "killed", "survived", or the error of a mutant that does not run."""
-    planted = _planted()
-    source = (planted.KERNELS / f"{mutant.file}.py").read_text()
+    source = mutant.apply((KERNELS / f"{mutant.file}.py").read_text())
+    signal.alarm(PATIENCE)
     try:
-        planted.check_mutant(mutant.file, mutant.apply(source))
-    except planted.CAUGHT:
+        with (
+            planted(mutant.file, source),
+            mock.patch.object(_launch, "processors", lambda tensor: 4),
+            poison.poisoned_empty(),
+            sanitizers.sanitized(),
+        ):
+            mutant_cases.check(mutant_cases.FILES[mutant.file], "cpu")
+    except (*mutant_cases.CAUGHT, TimeoutError):
         return "killed"
     except Exception as error:
         return f"does not run: {type(error).__name__}"
+    finally:
+        signal.alarm(0)
     return "survived"
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    interpreter.make_faithful()
+    signal.signal(signal.SIGALRM, _too_long)
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError
+
+
+def _chosen(files: list[str], count: int, seed: int) -> list[Mutant]:
+    """So many of every file as its share of all mutants, drawn with ``seed``."""
+    everything = {file: list(mutants(file, (KERNELS / f"{file}.py").read_text())) for file in files}
+    total = sum(map(len, everything.values()))
+    draw = random.Random(seed)
+    return [
+        mutant
+        for of_file in everything.values()
+        for mutant in draw.sample(of_file, min(-(-count * len(of_file) // total), len(of_file)))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=120, help="how many mutants, at least")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--only", choices=mutant_cases.FILES, help="of this kernel file alone")
+    asked = parser.parse_args()
+    files = [asked.only] if asked.only else list(mutant_cases.FILES)
+    chosen = _chosen(files, asked.count, asked.seed)
+    verdicts: Counter[str] = Counter()
+    unexplained = 0
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, _start_worker) as pool:
+        for mutant, found in zip(chosen, pool.map(verdict, chosen), strict=True):
+            kind = found.split(":")[0]
+            verdicts[kind] += 1
+            if kind == "survived":
+                why = EXPLAINED.get(mutant.name)
+                unexplained += why is None
+                print(f"survived  {mutant.name} (line {mutant.line}): {why or 'NOT EXPLAINED'}")
+            print(f"{verdicts.total()}/{len(chosen)}", end="\r", file=sys.stderr, flush=True)
+    killed, ran = verdicts["killed"], verdicts["killed"] + verdicts["survived"]
+    print(
+        f"{len(chosen)} mutants, {ran} ran: {killed} killed ({killed / ran:.1%}), "
+        f"{verdicts['survived']} survived, of which {unexplained} unexplained"
+    )
+    return int(killed / ran < ENOUGH or unexplained > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
