@@ -6,7 +6,7 @@ SPEC := pyproject.toml setup.py Makefile
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-triton36 bench clean
+.PHONY: help demo test lint test-triton36 targets bench clean
 
 help: ## print this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -29,6 +29,10 @@ lint: .venv/.dev ## ruff (rules and format) and pyright
 test-triton36: .venv-triton36/.dev ## the kernel tests on Triton 3.6, in a venv of its own
 	.venv-triton36/bin/pytest tests/kernels tests/test_interpreter.py -n 2
 	TRITON_INTERPRET=0 .venv-triton36/bin/pytest tests/offline -n 2
+
+# What has not changed since the last call is taken from build/targets. UPDATE=--update writes the table.
+targets: .venv/.dev .venv-triton36/.dev ## compile all for 8 GPUs on both Tritons, compare with docs/targets.md
+	TRITON_INTERPRET=0 .venv/bin/python tests/tools/targets.py $(UPDATE)
 
 bench: .venv/.dev ## time every op against eager PyTorch (figures mean something on a GPU only)
 	.venv/bin/pytest benchmarks --benchmark-only

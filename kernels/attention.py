@@ -48,7 +48,7 @@ from fastunet.kernels.attention_backward import backward, fake_backward
 FP32_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _one_tile_kernel(
     out_ptr,  # [B, M, H*D] contiguous
     query_ptr,  # [B, M, H*D], strides stride_qb, stride_qm, 1

@@ -78,12 +78,12 @@ class Launches(list[Launch]):
 
 
 @contextlib.contextmanager
-def target(name: str) -> Iterator[Launches]:
+def target(name: str, cache: str | None = None) -> Iterator[Launches]:
     """Compile every launch made inside for TARGETS[name], and list it. Not thread-safe.
 
     What a real GPU would refuse raises: triton.CompilationError, OutOfResources for too much shared
-    memory, RuntimeError for too large a grid. Triton's disk cache is a temporary folder of this
-    process.
+    memory, RuntimeError for too large a grid. Triton's disk cache is the folder ``cache``, or a
+    temporary one of this process.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
@@ -103,7 +103,7 @@ def target(name: str) -> Iterator[Launches]:
         return compiled
 
     with (
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=_CACHE.name),
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache or _CACHE.name),
         mock.patch.object(JITFunction, "run", recording_run),
     ):
         driver.set_active(fake)

@@ -8,6 +8,8 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
+import tile_loads
+
 # Counted in the text of the program: once an instruction, however often a loop runs it.
 _PTX = {
     "wgmma": r"\bwgmma\.mma_async",
@@ -41,7 +43,9 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     registers and spill_bytes are per thread, where spill_bytes are the bytes stored and loaded
     (CUDA) or the scratch memory (HIP). shared_bytes is per block. The others count instructions:
     wgmma, tcgen05, mma and mfma; global loads of 128 bits and more, and of one 16-bit element;
-    copies that bypass registers (cp_async, tma); atomics; tensor core instructions on tf32.
+    copies that bypass registers (cp_async, tma); atomics; tensor core instructions on tf32. Of the
+    loads, widest_load are the bits of the widest, and scalar_loads counts those of one 16-bit value
+    where a tile has several for the thread.
     """
     if compiled.metadata.target.backend == "cuda":
         text, patterns = compiled.asm["ptx"], _PTX
@@ -50,7 +54,11 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
         text, patterns = compiled.asm["amdgcn"], _AMDGCN
         usage = _hip_usage(text)
     usage["shared_bytes"] = compiled.metadata.shared
-    return usage | {name: _count(pattern, text) for name, pattern in patterns.items()}
+    usage |= {name: _count(pattern, text) for name, pattern in patterns.items()}
+    loads = tile_loads.loads(compiled)
+    usage["widest_load"] = max((load.bits for load in loads), default=0)
+    usage["scalar_loads"] = sum(load.is_scalar for load in loads)
+    return usage
 
 
 def _count(pattern, text):

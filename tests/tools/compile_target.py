@@ -1,0 +1,80 @@
+"""Compile the models' calls for one target with the Triton that is installed.
+
+As a program, which `make targets` runs: its version, then a line of JSON for each compiled kernel,
+with the row of the table that it belongs to and its resources.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+import triton
+
+import gate
+import model_calls
+import offline
+from model_calls import Call
+
+FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
+RICHEST = ("shift silu", "skip silu")  # forms of group_norm that hold most in registers
+
+
+def wanted(target: str) -> Iterator[Call]:
+    """Everything in fp16, and of the other dtypes what may differ from it.
+
+    The two targets that must not spill take all in fp16, and every op in fp32. A forward pass that
+    saves is the other one and the stores of a few statistics: there alone it is compiled too.
+    """
+    strict = target in gate.NEVER_SPILL
+    directions = model_calls.DIRECTIONS if strict else (model_calls.FORWARD, model_calls.BACKWARD)
+    for op in model_calls.OPS:
+        yield from model_calls.calls(op, directions, FP16)
+        others = ([FP32] if strict or op == "attention" else []) + [BF16] * (target == "sm_90")
+        for dtype in others:
+            for call in model_calls.calls(op, directions, dtype):
+                saves = call.direction == model_calls.SAVING
+                if op == "attention" or (call.form in ("", *RICHEST) and not saves):
+                    yield call
+
+
+def row(call: Call, kernel: str) -> str:
+    """The table's row, over all widths, and over all forms where the dtype is not fp16."""
+    configuration = call.form
+    if call.op == "attention":
+        configuration += f" {call.sizes[1]}"
+    elif call.dtype != FP16:
+        configuration = ""
+    direction = "backward" if call.direction == model_calls.BACKWARD else "forward"
+    layout = ("nhwc" if call.channels_last else "nchw") if call.op in model_calls.IMAGES else ""
+    dtype = str(call.dtype).removeprefix("torch.")
+    return " | ".join((call.op, direction, kernel, dtype, layout, configuration))
+
+
+def variants(target: str, calls: Iterable[Call], cache: str | None = None) -> Iterator[dict]:
+    """Each compiled kernel, once for every row that it stands in."""
+    seen, resources = set(), {}
+    with model_calls.on(target, cache) as launches:
+        for call in calls:
+            launches.clear()
+            call.make()
+            for index, launch in enumerate(launches):
+                name, compiled = row(call, launch.kernel), launch.compiled
+                if (name, compiled.hash) in seen:
+                    continue
+                seen.add((name, compiled.hash))
+                if compiled.hash not in resources:
+                    resources[compiled.hash] = offline.resources(compiled)
+                # The sums of a few slices are too few to be read in vectors.
+                adds_up = index > 0 and launch.kernel == "_sum_over_space_kernel"
+                yield {
+                    "row": name, "sizes": call.sizes, "vectors": not adds_up,
+                    "used": resources[compiled.hash],
+                }  # fmt: skip
+
+
+if __name__ == "__main__":
+    target, cache = sys.argv[1:]
+    print(triton.__version__)
+    for variant in variants(target, wanted(target), cache):
+        print(json.dumps(variant), flush=True)
