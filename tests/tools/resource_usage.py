@@ -44,8 +44,8 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     (CUDA) or the scratch memory (HIP). shared_bytes is per block. The others count instructions:
     wgmma, tcgen05, mma and mfma; global loads of 128 bits and more, and of one 16-bit element;
     copies that bypass registers (cp_async, tma); atomics; tensor core instructions on tf32. Of the
-    loads, widest_load are the bits of the widest, and scalar_loads counts those of one 16-bit value
-    where a tile has several for the thread.
+    loads of tiles, widest_load are the bits of the widest, and scalar_loads counts those of one
+    16-bit value where the tile has several for the thread.
     """
     if compiled.metadata.target.backend == "cuda":
         text, patterns = compiled.asm["ptx"], _PTX
@@ -56,7 +56,7 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     usage["shared_bytes"] = compiled.metadata.shared
     usage |= {name: _count(pattern, text) for name, pattern in patterns.items()}
     loads = tile_loads.loads(compiled)
-    usage["widest_load"] = max((load.bits for load in loads), default=0)
+    usage["widest_load"] = tile_loads.widest(loads)
     usage["scalar_loads"] = sum(load.is_scalar for load in loads)
     return usage
 

@@ -52,6 +52,13 @@ def loads(compiled: CompiledKernel) -> list[Load]:
     return found
 
 
+def widest(loads: list[Load]) -> int:
+    """The bits of the widest load of a tile of values, which are narrower than their sums."""
+    tiles = [load for load in loads if load.rank == 2] or loads
+    element = min((load.element_bits for load in tiles), default=0)
+    return max((load.bits for load in tiles if load.element_bits == element), default=0)
+
+
 def _tensors(ir: str, threads: int) -> dict[tuple, tuple[int, int, int]]:
     """Place of each load -> (bits of an element, rank, elements of a thread)."""
     locations, tensors = dict(_LOCATION.findall(ir)), {}
