@@ -113,7 +113,8 @@ def launch_table(head_dim: int, itemsize: int, masked: bool) -> Tile:
     """
     share = 2 if masked else 1
     if itemsize == 4:
-        return Tile(32 if head_dim <= 128 else 16, 32, num_warps=8, num_stages=1)
+        size = 32 if head_dim <= 128 else 16
+        return Tile(size, size, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return Tile(64 // share, 128, num_warps=8, num_stages=2)
     if head_dim <= 128:
