@@ -35,6 +35,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz", type=int, default=2000, help="random calls of tests/kernels/test_fuzz.py"
+    )
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same random numbers, alone or in any order."""
