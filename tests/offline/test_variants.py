@@ -9,9 +9,9 @@ from fastunet import kernels
 
 # (batch, height, width) of the latent image: an eighth of 512, 768 and 1024 pixels, and others that
 # NHWC reads as widely. SD 1.5 halves a side three times, SDXL twice.
-SWEEP = [(1, 64, 64), (8, 64, 64), (2, 96, 96), (1, 128, 128), (8, 128, 128), (4, 96, 128)]
+SWEEP = [(1, 64, 64), (2, 96, 96), (8, 128, 128), (4, 96, 128)]
 NHWC = [(1, 104, 104), (2, 104, 136)]
-NON_SQUARE = [(1, 64, 96), (4, 72, 128)]
+NON_SQUARE = [(1, 72, 128)]
 
 
 @pytest.mark.parametrize(
