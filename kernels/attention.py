@@ -300,8 +300,9 @@ def attention(
     """Multi-head attention over projected queries, keys and values (Vaswani et al. 2017), computed
     in tiles (Dao et al. 2022): cross-attention to a text context, and self-attention.
 
-    On "auto", contexts longer than 128 keys go to PyTorch's scaled_dot_product_attention: there it
-    is a vendor's kernel, and no committed measurement shows ours ahead of it.
+    On "auto", self-attention (as many keys as queries) and contexts longer than 128 keys go to
+    PyTorch's scaled_dot_product_attention: there it is a vendor's kernel, and no committed
+    measurement shows ours ahead of it.
 
     Args:
         query: [B, M, H*D], fp32, fp16 or bf16; any strides, best with the last dim dense.
@@ -329,5 +330,5 @@ def attention(
         unfit = "its backward kernel gives no gradient of mask"
     return _operator(
         backend, query, key, value, heads, mask, scale,
-        unfit=unfit, vendor=key.shape[1] > ONE_TILE_KEYS,
+        unfit=unfit, vendor=key.shape[1] > ONE_TILE_KEYS or key.shape[1] == query.shape[1],
     )  # fmt: skip

@@ -169,13 +169,14 @@ def test_a_head_dim_that_no_kernel_takes(head_dim):
         kernels.attention(query, query, query, 1, backend="triton")
 
 
-def test_a_long_context_goes_to_the_vendors_kernel():
+def test_self_attention_and_a_long_context_go_to_the_vendors_kernel():
     key = torch.randn(1, 129, 16)
     with recording() as ran:
         kernels.attention(QUERY, key[:, :128], key[:, :128], 2)
-        kernels.attention(QUERY, key, key, 2)
-        kernels.attention(QUERY, key, key, 2, backend="triton")
-    assert [backend for _, backend in ran] == ["triton", "torch", "triton"]
+        for context in (key, QUERY):
+            kernels.attention(QUERY, context, context, 2)
+            kernels.attention(QUERY, context, context, 2, backend="triton")
+    assert [backend for _, backend in ran] == ["triton", *["torch", "triton"] * 2]
 
 
 # use_backend and FASTUNET_BACKEND.

@@ -1,16 +1,14 @@
 """How much a whole U-Net compiles, and that a new resolution or batch size compiles nothing."""
 
 import pytest
-import torch
 
 import model_calls
 import model_forward
-from fastunet import kernels
 
 # (batch, height, width) of the latent image: an eighth of 512, 768 and 1024 pixels, and others that
 # NHWC reads as widely. SD 1.5 halves a side three times, SDXL twice.
 SWEEP = [(1, 64, 64), (2, 96, 96), (8, 128, 128), (4, 96, 128)]
-NHWC = [(1, 104, 104), (2, 104, 136)]
+NHWC = [(1, 72, 72), (1, 104, 104), (2, 104, 136)]
 NON_SQUARE = [(1, 72, 128)]
 
 
@@ -34,11 +32,3 @@ def test_few_variants_and_a_new_size_compiles_nothing(model, channels_last, othe
             assert launches and not new, (sizes, new)
 
 
-@pytest.mark.xfail(reason="up to 128 keys are one tile, and their number is a constant of it")
-def test_new_sizes_of_few_tokens_compile_nothing():
-    """The middle block of SD 1.5 has so few below 768 pixels."""
-    with model_calls.on("sm_90") as launches, torch.no_grad():
-        for side in (8, 9, 10):
-            tokens = torch.empty(2, side * side, 1280, dtype=torch.float16)
-            kernels.attention(tokens, tokens, tokens, 8, backend="triton")
-    assert len(launches.variants()) == 1
