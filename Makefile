@@ -6,7 +6,7 @@ SPEC := pyproject.toml setup.py Makefile
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-triton36 targets bench clean
+.PHONY: help demo test lint test-triton36 targets fuzz mutants bench clean
 
 help: ## print this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -33,6 +33,12 @@ test-triton36: .venv-triton36/.dev ## the kernel tests on Triton 3.6, in a venv 
 # What has not changed since the last call is taken from build/targets. UPDATE=--update writes the table.
 targets: .venv/.dev .venv-triton36/.dev ## compile all for 8 GPUs on both Tritons, compare with docs/targets.md
 	TRITON_INTERPRET=0 .venv/bin/python tests/tools/targets.py $(UPDATE)
+
+fuzz: .venv/.dev ## 10,000 random calls of the ops against fp64, others each time
+	.venv/bin/pytest tests/kernels/test_fuzz.py --fuzz 10000 --hypothesis-show-statistics -n 2
+
+mutants: .venv/.dev ## break the kernels in 120 ways: are 95 % seen, and the others explained?
+	.venv/bin/python tests/tools/mutate.py --count 120
 
 bench: .venv/.dev ## time every op against eager PyTorch (figures mean something on a GPU only)
 	.venv/bin/pytest benchmarks --benchmark-only

@@ -4,10 +4,10 @@ public function in inference, of torch.ops.fastunet, and a training step through
 The time is the CPU's alone, so a figure means the same with or without a GPU.
 """
 
-import op_calls
 import pytest
 import torch
 
+import op_calls
 from fastunet import kernels
 from fastunet.kernels import _launch
 

@@ -127,12 +127,6 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def four_processors(monkeypatch):
-    """So that the larger cases are cut into slices, as on a real GPU."""
-    monkeypatch.setattr("fastunet.kernels._launch.processors", lambda tensor: 4)
-
-
 @pytest.mark.parametrize("op", sorted(set(mutant_cases.FILES.values())))
 def test_the_unchanged_kernels_pass(op, device):
     with contextlib.ExitStack() as stack:

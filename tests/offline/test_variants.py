@@ -30,5 +30,3 @@ def test_few_variants_and_a_new_size_compiles_nothing(model, channels_last, othe
             model_forward.run(unet, *sizes)
             new = {launch.kernel for launch in launches if launch.compiled.hash not in known}
             assert launches and not new, (sizes, new)
-
-
