@@ -1,5 +1,5 @@
-"""What it costs to reach a kernel, with launchers that only allocate: a call of the launcher, of the
-public function in inference, of torch.ops.fastunet, and a training step through it, per op.
+"""What it costs to reach a kernel, with launchers that only allocate: a call of the launcher, of
+the public function in inference, of torch.ops.fastunet, and a training step through it, per op.
 
 The time is the CPU's alone, so a figure means the same with or without a GPU.
 """

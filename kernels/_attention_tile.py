@@ -189,9 +189,9 @@ def dense_columns(tensor: Tensor) -> Tensor:
 
 def score_scale(head_dim: int, scale: float | None, mask: Tensor | None) -> tuple[float, float]:
     """(scale, the same in the unit of the scores)."""
-    scale = head_dim**-0.5 if scale is None else scale
+    factor: float = head_dim**-0.5 if scale is None else scale
     additive = mask is not None and mask.dtype != torch.bool
-    return scale, scale if additive else scale * math.log2(math.e)
+    return factor, factor if additive else factor * math.log2(math.e)
 
 
 def mask_arguments(

@@ -156,7 +156,8 @@ def is_transformed(tensors: list[Tensor]) -> bool:
     return _transformed(tensors)
 
 
-@torch._disable_dynamo  # where it gives up on a transform, it tries the functions inside
+# Where dynamo gives up on a transform, it tries the functions inside.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _transformed(tensors: list[Tensor]) -> bool:
     if any(_functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         return True

@@ -227,7 +227,7 @@ class Operator:
 
         # Inside an op autograd records nothing, but torch.func does. (So would a thread, and wait
         # for ever: on a GPU autograd has one thread a device, which is busy with this very op.)
-        _, pull_back = torch.func.vjp(call, *[args[position] for position in leaves])
+        pull_back = torch.func.vjp(call, *[args[position] for position in leaves])[1]
         return pull_back(tuple(grad for grad in grads if grad is not None))
 
 
@@ -268,8 +268,8 @@ def _register(
     torch.library.custom_op would do, but for forward mode: it drops tangents without a word.
     """
     # torch.compile may meet them as frames of their own, where a graph broke: not to be traced.
-    run = torch._disable_dynamo(lambda *args: kernel(*args))
-    record = torch._disable_dynamo(lambda *args: autograd(*args))
+    disable = torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    run, record = disable(lambda *args: kernel(*args)), disable(lambda *args: autograd(*args))
     _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, record, "Autograd", with_keyset=True)

@@ -204,9 +204,10 @@ def _backward(
         D=features, BLOCK_R=block_r, BLOCK_D=block_d, ACC=_launch.accumulator(total),
         num_warps=warps,
     )  # fmt: skip
-    for gradient, part in ((d_weight, 0), (d_bias, 1)):
-        if gradient is not None:
-            gradient.copy_(parts[part].sum(0))
+    if parts is not None:
+        for gradient, total_of_parts in zip((d_weight, d_bias), parts.sum(1), strict=True):
+            if gradient is not None:
+                gradient.copy_(total_of_parts)
     return gradients
 
 
@@ -215,12 +216,10 @@ def _fake_backward(
     statistics: Tensor, bias_dtype: torch.dtype | None, eps: float, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     features = total.shape[-1:]
-    makes = (
-        lambda: total.new_empty(total.shape),
-        lambda: total.new_empty(features, dtype=weight.dtype),
-        lambda: total.new_empty(features, dtype=bias_dtype),
-    )
-    return [make() for make, need in zip(makes, needs, strict=True) if need]
+    shapes = (total.shape, features, features)
+    dtypes = (total.dtype, None if weight is None else weight.dtype, bias_dtype)
+    wanted = zip(shapes, dtypes, needs, strict=True)
+    return [total.new_empty(shape, dtype=dtype) for shape, dtype, need in wanted if need]
 
 
 def _again(

@@ -23,7 +23,7 @@ class AddLayerNorm(nn.LayerNorm):
         shape = norm.normalized_shape
         if len(shape) != 1:
             raise ValueError(f"norm must be over the last dimension, got one over {list(shape)}")
-        fused = cls(shape, norm.eps, norm.elementwise_affine, device="meta")
+        fused = cls(list(shape), norm.eps, norm.elementwise_affine, device="meta")
         fused.weight, fused.bias = norm.weight, norm.bias
         return fused.train(norm.training)
 
