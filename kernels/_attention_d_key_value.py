@@ -82,7 +82,7 @@ def _d_key_value_kernel(
         query1, query2 = _tiles(query_ptr, m, M, stride_qm, HEAD_DIM, D1, D2)
         grad1, grad2 = _tiles(grad_ptr, m, M, stride_gm, HEAD_DIM, D1, D2)
         base = tl.load(statistics_ptr + m, mask=m < M, other=0.0)
-        inverse = tl.load(statistics_ptr + M + m, mask=m < M, other=0.0)  # p is 0 past the last
+        inverse = tl.load(statistics_ptr + M + m, mask=m < M, other=0.0)
         products = _products(key1, key2, query1, query2, D2, PRECISION)
         scores = _scores(products, score_scale, n, N, m, M, mask_ptr, stride_mn, stride_mm, MASK)
         p = _exp(scores - base[None, :], MASK) * inverse[None, :]

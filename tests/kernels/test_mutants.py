@@ -95,7 +95,6 @@ MUTANTS = {
         "second part of the keys not in delta": [("delta += tl.sum(p2 * dp2, 1)", "pass")],
     },
     "_attention_d_key_value": {
-        "queries not masked": [("M + m, mask=m < M, other=0.0)", "M + m, mask=m < M, other=1.0)")],
         "scale forgotten": [("d_key1 * scale, d_key2 * scale", "d_key1, d_key2")],
         "slices share a place": [("(part.to(tl.int64) * B + b) * N", "b * N")],
         "a slice runs into the next": [("tl.minimum(part * SLICE + SLICE, M)", "M")],

@@ -152,10 +152,10 @@ def _add_time_embedding(device: str) -> Iterator[Case]:
                 channels_last=channels_last,
             )  # fmt: skip
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        x = torch.randn(2, 14, 40, 40, device=device).to(memory_format=layout)
-        yield (x[:, ::3], torch.randn(2, 5, device=device)), {}
-        x = torch.randn(1, 4, 90, 90, device=device).to(memory_format=layout)
-        yield (x, torch.randn(1, 4, device=device)), {}  # summed in slices
+        x = torch.randn(2, 62, 12, 12, device=device).to(memory_format=layout)
+        yield (x[:, ::3], torch.randn(2, 21, device=device)), {}
+        x = torch.randn(1, 14, 61, 61, device=device).to(memory_format=layout)
+        yield (x, torch.randn(1, 14, device=device)), {}  # summed in slices
 
 
 def _geglu(device: str) -> Iterator[Case]:
