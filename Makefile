@@ -27,7 +27,7 @@ lint: .venv/.dev ## ruff (rules and format) and pyright
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
 test-triton36: .venv-triton36/.dev ## the kernel tests on Triton 3.6, in a venv of its own
-	.venv-triton36/bin/pytest tests/kernels tests/test_interpreter.py -n 2
+	.venv-triton36/bin/pytest tests/kernels tests/test_interpreter.py -n 2 --fuzz 500
 	TRITON_INTERPRET=0 .venv-triton36/bin/pytest tests/offline -n 2
 
 # What has not changed since the last call is taken from build/targets. UPDATE=--update writes the table.

@@ -197,7 +197,7 @@ def test_a_report_reads_as_a_table(unet):
 )
 def test_kernels_are_as_close_to_the_truth_as_pytorch(built, host, family, dtype, device):
     model = built(host, family).to(device, dtype)
-    args, kwargs = move(make_inputs(host, family, dtype=dtype), device)
+    args, kwargs = move(make_inputs(host, family, batch=1, dtype=dtype), device)
     report = fastunet.accelerate(model)
     with use_backend("triton"):
         parity = fastunet.check(model, *args, **kwargs)
@@ -290,7 +290,7 @@ def test_on_pytorch_the_gradient_is_eagers_bit_for_bit(model, inputs):
 def test_gradients_are_as_close_to_the_truth_as_pytorchs(built, host, family, device):
     """All parameters as one vector, each in units of its own largest gradient."""
     model = built(host, family).to(device)
-    inputs = move(make_inputs(host, family), device)
+    inputs = move(make_inputs(host, family, batch=1), device)
     truth = gradients(copy.deepcopy(model).double(), *to_double(inputs))
     eager = gradients(model, *inputs)
     fastunet.accelerate(model)

@@ -471,9 +471,8 @@ def many_processors(monkeypatch):
 @pytest.mark.usefixtures("many_processors")
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mean", [100.0])
-def test_parity_in_slices(mean, dtype, layout, device):
-    x = torch.randn(1, 80, 33, 35, device=device) + torch.linspace(0, 9, 35, device=device) + mean
+def test_parity_in_slices(dtype, layout, device):
+    x = torch.randn(1, 80, 33, 35, device=device) + torch.linspace(100, 109, 35, device=device)
     x = LAYOUTS[layout](x.to(dtype))
     weight, bias, shift = torch.randn(3, 80, device=device).to(dtype)
     parts = dict(shift=shift[None], activation="silu")

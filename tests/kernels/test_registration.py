@@ -492,7 +492,7 @@ def test_an_accelerated_unet_compiles_into_one_graph(host):
 
     model = small_unets.small(host)
     fastunet.accelerate(model)
-    args, kwargs = small_unets.make_inputs(host)
+    args, kwargs = small_unets.make_inputs(host, batch=1)
 
     def run(*args, **kwargs):
         return small_unets.run(model, *args, **kwargs)
