@@ -15,9 +15,10 @@ KINDS = ("outputs", "gradients")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shares are those of the interpreter")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_no_share_rises(op, dtype):
+    """fp16 takes the code of bf16; that costs half a minute, and is left to tests/tools/ratchet.py."""
     _, rose = ratchet.lowered(ratchet.committed(), ratchet.measure([op], [dtype]))
     assert not rose
 
