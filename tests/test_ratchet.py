@@ -18,7 +18,7 @@ KINDS = ("outputs", "gradients")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_no_share_rises(op, dtype):
-    """fp16 takes the code of bf16; that costs half a minute, and is left to tests/tools/ratchet.py."""
+    """fp16 takes the code of bf16, and is left to tests/tools/ratchet.py to save time."""
     _, rose = ratchet.lowered(ratchet.committed(), ratchet.measure([op], [dtype]))
     assert not rose
 
