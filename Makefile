@@ -35,7 +35,7 @@ targets: .venv/.dev .venv-triton36/.dev ## compile all for 8 GPUs on both Triton
 	TRITON_INTERPRET=0 .venv/bin/python tests/tools/targets.py $(UPDATE)
 
 fuzz: .venv/.dev ## 10,000 random calls of the ops against fp64, others each time
-	.venv/bin/pytest tests/kernels/test_fuzz.py --fuzz 10000 --hypothesis-show-statistics -n 2
+	.venv/bin/pytest tests/kernels/test_fuzz.py --fuzz 10000 -n 2
 
 mutants: .venv/.dev ## break the kernels in 120 ways: are 95 % seen, and the others explained?
 	.venv/bin/python tests/tools/mutate.py --count 120
