@@ -1,6 +1,6 @@
 """Faults planted in the kernels, each of which the parity rule or a sanitizer must catch.
 
-These are the mistakes that are easy to make here; tests/tools/mutate.py plants hundreds at random
+These are the mistakes that are easy to make here; tests/tools/mutate.py plants over a hundred at random
 (`make mutants`). The unchanged files pass the same cases, loaded the same way: so a mutant is
 caught for its fault.
 """

@@ -158,7 +158,7 @@ def _row(name: str, triple: list[Tensor]) -> Row:
 
 
 def calls(op: str) -> st.SearchStrategy[Call]:
-    return st.composite(globals()[f"_{op}"])()
+    return st.composite(_DRAWS[op])()
 
 
 def _power_of_two(draw: Draw, least: int, most: int) -> int:
@@ -297,3 +297,12 @@ def _add_layer_norm(draw: Draw) -> Call:
     patches = {"layer_norm.launch_table": (_power_of_two(draw, 1, 8), width, 4)}
     names = ["x", "residual", "weight", "bias"]
     return Call(**_common(draw, "add_layer_norm", arguments, names), patches=patches)
+
+
+_DRAWS = {
+    "group_norm": _group_norm,
+    "attention": _attention,
+    "add_time_embedding": _add_time_embedding,
+    "geglu": _geglu,
+    "add_layer_norm": _add_layer_norm,
+}

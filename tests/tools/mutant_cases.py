@@ -46,7 +46,7 @@ def check(op: str, device: str) -> None:
     """
     torch.manual_seed(0)
     with mock.patch.object(_launch, "processors", lambda tensor: 8):
-        for case in globals()[f"_{op}"](device):
+        for case in _CASES[op](device):
             _check(op, *case)
 
 
@@ -176,3 +176,12 @@ def _add_layer_norm(device: str) -> Iterator[Case]:
         )
         yield (x[:1, ::2], residual[1:, 1::2], weight, None), {}
         yield (1e-3 * x, 1e-3 * residual, None, bias), {}
+
+
+_CASES = {
+    "group_norm": _group_norm,
+    "attention": _attention,
+    "add_time_embedding": _add_time_embedding,
+    "geglu": _geglu,
+    "add_layer_norm": _add_layer_norm,
+}
