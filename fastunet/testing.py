@@ -111,7 +111,7 @@ def compare(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Row:
             f"{ours.dtype}, {eager.dtype} and {truth.dtype}"
         )
     dtype = str(ours.dtype).removeprefix("torch.")
-    ours64, eager64, truth = (t.detach().double().cpu() for t in (ours, eager, truth))
+    ours64, eager64, truth = (t.detach().double() for t in (ours, eager, truth))
     good = eager64.isfinite() & truth.isfinite()
     same = torch.equal(_kinds(ours64), _kinds(eager64))
     if not good.any():

@@ -1,0 +1,94 @@
+"""What the suite measures on a GPU, step by step: parity, bench or unet.
+
+    python benchmarks/gpu.py parity|bench|unet --out FOLDER [--minutes 9] [--only STEP,STEP]
+
+Steps are processes of their own; one that fails or runs out of time leaves the others. A step whose
+result lies in the folder is not run again. The logs lie beside the results.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PYTHON = sys.executable
+OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
+DTYPES = ("float32", "float16", "bfloat16")
+# Steps are shell commands; those of a list run at once.
+STEPS: dict[str, dict[str, list[str]]] = {
+    "parity": {
+        "info": ["{python} -m fastunet info > {out}/info.txt; nvidia-smi > {out}/nvidia-smi.txt"],
+        "limits": ["{python} {here}/limits.py --out {out}/limits.json"],
+        "check": [
+            f"{{python}} -m fastunet check --op {op} --dtype {dtype} --json"
+            f" > {{out}}/check-{op}-{dtype}.json"
+            for op, dtype in itertools.product(OPS, DTYPES)
+        ],
+        "suite": [
+            "{python} -m pytest {here}/../tests/kernels {here}/../tests/nn -n 14 -q --fuzz 200"
+            " -p no:cacheprovider --ignore {here}/../tests/kernels/test_mutants.py --timeout 60 --tb short"
+        ],
+    },
+    "bench": {
+        "sweep": ["{python} {here}/sweep.py --out {out}/sweep.json"],
+    },
+    "unet": {
+        "sd15": [
+            "{python} {here}/unet_step.py --family sd15 --parity --profile --train"
+            " --variants eager-nchw,eager-nhwc,accelerated-nchw,accelerated-nhwc"
+            " --out {out}/unet-sd15.json"
+        ],
+    },
+}
+
+
+def main(args: argparse.Namespace) -> int:
+    out, end = args.out.absolute(), time.monotonic() + 60 * args.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    summary = []
+    for step, commands in STEPS[args.what].items():
+        done = out / f"{step}.done"
+        if done.exists() or (args.only and step not in args.only.split(",")):
+            continue
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(commands)) as pool:
+            codes = list(pool.map(lambda job: run(step, *job, out, end), enumerate(commands)))
+        took = time.monotonic() - start
+        if not any(codes):
+            done.write_text(json.dumps({"seconds": took, "machine": platform.platform()}) + "\n")
+        summary.append((step, took, codes))
+        print(f"{step}: {took:.0f} s, exit codes {codes}", flush=True)
+    return int(any(any(codes) for _, _, codes in summary))
+
+
+def run(step: str, index: int, command: str, out: Path, end: float) -> int:
+    """The exit code; 124 if time ran out."""
+    command = command.format(python=PYTHON, here=HERE, out=out)
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    with open(out / f"{step}-{index}.log", "w") as log:
+        job = subprocess.Popen(
+            command, shell=True, stdout=log, stderr=subprocess.STDOUT, cwd=out,
+            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            return job.wait(max(end - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)  # and what it started
+            return 124
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=list(STEPS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--only", default="")
+    sys.exit(main(parser.parse_args()))

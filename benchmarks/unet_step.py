@@ -1,0 +1,189 @@
+"""One step of diffusers' U-Net at full size with random weights: eager, accelerated and compiled,
+in NCHW and channels_last; how far from fp64 each is, and where its time goes by kernel.
+
+The time is that of replays of a CUDA graph, and beside it, for what is not compiled, the wall clock
+of plain calls.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastunet
+import timing
+from fastunet.info import device_name
+
+# Beside diffusers' defaults, which are SD 1.5's. What it calls the head dim is the number of heads.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "small": {  # for a machine without a GPU
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+        "attention_head_dim": 4,
+    },
+}
+SIDES = {"sd15": 64, "sdxl": 128, "small": 8}  # of the latent image
+
+
+def make_unet(family: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """Random weights that keep activations finite in fp16."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return UNet2DConditionModel(**CONFIGS[family]).eval().to(dtype)
+
+
+def make_inputs(family: str, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator(device).manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    side = SIDES[family]
+    inputs: dict[str, Any] = {
+        "sample": randn(batch, 4, side, side),
+        "timestep": torch.full((batch,), 500, device=device),
+        "encoder_hidden_states": randn(batch, 77, CONFIGS[family]["cross_attention_dim"]),
+        "return_dict": False,
+    }
+    if family == "sdxl":
+        size = torch.tensor([1024.0, 1024, 0, 0, 1024, 1024], device=device).to(dtype)
+        added = {"text_embeds": randn(batch, 1280), "time_ids": size.expand(batch, 6)}
+        inputs["added_cond_kwargs"] = added
+    return inputs
+
+
+def kernel_times(call: Any) -> list[dict[str, Any]]:
+    """Every kernel of a call by name: how often it ran and its microseconds, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name].append(event.device_time)
+    rows = [{"name": k[:160], "count": len(v), "us": sum(v)} for k, v in found.items()]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def main(args: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    torch.backends.cudnn.benchmark = True
+    results: dict[str, Any] = {
+        "device": device_name(), "torch": torch.__version__, "family": args.family,
+        "batch": args.batch, "dtype": args.dtype, "variants": {}, "kernels": {},
+    }  # fmt: skip
+    unet = make_unet(args.family, device, dtype)
+    inputs = make_inputs(args.family, args.batch, device, dtype)
+    truth = None
+    if args.parity:
+        with torch.no_grad():
+            exact = {k: fastunet.testing.to_double(v) for k, v in inputs.items()}
+            truth = copy.deepcopy(unet).double()(**exact)[0]
+    for name in args.variants.split(","):
+        kind, layout = name.split("-")
+        start = time.perf_counter()
+        model = copy.deepcopy(unet)
+        if layout == "nhwc":
+            model = model.to(memory_format=torch.channels_last)
+        if kind in ("accelerated", "both"):
+            fastunet.accelerate(model)
+        function = model
+        if kind in ("compiled", "autotuned", "both"):
+            mode = "max-autotune-no-cudagraphs" if kind == "autotuned" else None
+            function = torch.compile(model, mode=mode, fullgraph=True)
+        results["variants"][name] = row = {}
+        try:
+            with torch.no_grad():
+                call = lambda function=function: function(**inputs)[0]  # noqa: E731
+                output = call()
+                row["first_call_s"] = time.perf_counter() - start
+                if truth is not None:
+                    off = output.double() - truth
+                    row["rms_error"] = (off.square().mean() / truth.square().mean()).sqrt().item()
+                if device == "cuda" and args.profile:
+                    results["kernels"][name] = kernel_times(call)
+                row["us"], row["low"], row["high"] = timing.measure([call], args.rounds)
+                times = []
+                for _ in range(5):
+                    start = time.perf_counter()
+                    call()
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    times.append(time.perf_counter() - start)
+                row["wall_us"] = 1e6 * sorted(times)[2]
+            if args.train and kind in ("eager", "accelerated"):
+                row.update(training_step(model, inputs, device))
+        except Exception as failure:  # one variant that fails leaves the others
+            row["failure"] = f"{type(failure).__name__}: {failure}"[:2000]
+        print(name, json.dumps(row), flush=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        del model, function
+        torch.compiler.reset()
+    for name, kernels in results["kernels"].items():
+        print(f"{name}: {sum(k['count'] for k in kernels)} kernels")
+        for kernel in kernels[: args.top]:
+            print(f"  {kernel['us']:9.1f} us {kernel['count']:4d} x {kernel['name'][:90]}")
+
+
+def training_step(model: nn.Module, inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """Wall clock and peak memory of a forward and backward pass under mean squared error."""
+    target = torch.randn_like(inputs["sample"])
+    model.train().requires_grad_(True)
+    times = []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(6):
+        start = time.perf_counter()
+        loss = nn.functional.mse_loss(model(**inputs)[0].float(), target.float())
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    model.zero_grad(set_to_none=True)
+    return {"train_wall_us": 1e6 * sorted(times)[2], "train_peak_gb": peak / 1e9}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=list(CONFIGS), default="sd15")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--variants", default="eager-nchw,accelerated-nchw")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--top", type=int, default=25)
+    parser.add_argument("--parity", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    main(parser.parse_args())
