@@ -9,3 +9,9 @@ from fastunet.testing import SHAPES
 @pytest.mark.parametrize("sizes", SHAPES["sd15"]["add_layer_norm"], ids=str)
 def bench_add_layer_norm(sizes, provider, time_op):
     time_op("add_layer_norm", provider, sizes)
+
+
+@pytest.mark.parametrize("provider", ["eager", "fastunet"])
+@pytest.mark.parametrize("sizes", SHAPES["sd15"]["add_layer_norm"][:1], ids=str)
+def bench_add_layer_norm_training(sizes, provider, time_op):
+    time_op("add_layer_norm", provider, sizes, training=True)

@@ -22,30 +22,50 @@ HERE = Path(__file__).parent
 PYTHON = sys.executable
 OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
 DTYPES = ("float32", "float16", "bfloat16")
+LAYOUTS = "eager-nchw,accelerated-nchw,accelerated-nhwc,eager-nhwc"
 # Steps are shell commands; those of a list run at once.
 STEPS: dict[str, dict[str, list[str]]] = {
     "parity": {
         "info": ["{python} -m fastunet info > {out}/info.txt; nvidia-smi > {out}/nvidia-smi.txt"],
-        "limits": ["{python} {here}/limits.py --out {out}/limits.json"],
         "check": [
             f"{{python}} -m fastunet check --op {op} --dtype {dtype} --json"
             f" > {{out}}/check-{op}-{dtype}.json"
             for op, dtype in itertools.product(OPS, DTYPES)
         ],
+        "repeat": ["{python} {here}/repeat.py"],
+        "sanitizer": [
+            f"compute-sanitizer --tool {tool} --error-exitcode 9 {{python}} {{here}}/repeat.py --once"
+            for tool in ("memcheck", "racecheck")
+        ],
         "suite": [
-            "{python} -m pytest {here}/../tests/kernels {here}/../tests/nn -n 14 -q --fuzz 200"
-            " -p no:cacheprovider --ignore {here}/../tests/kernels/test_mutants.py --timeout 60 --tb short"
+            "{python} -m pytest {here}/../tests/kernels {here}/../tests/nn -n 14 -q --fuzz 100"
+            " -p no:cacheprovider -p no:benchmark --timeout 60 --tb short"
+            " --ignore {here}/../tests/kernels/test_mutants.py"
         ],
     },
     "bench": {
+        "limits": ["{python} {here}/limits.py --out {out}/limits.json"],
         "sweep": ["{python} {here}/sweep.py --out {out}/sweep.json"],
+        "compile": [  # by several processes, so that the next step finds all in Triton's cache
+            "{python} -m pytest {here} -n 12 --benchmark-disable -q -p no:cacheprovider"
+            " -k 'not boundary'"
+        ],
+        "ops": [
+            "{python} -m pytest {here} --benchmark-only --benchmark-json {out}/ops.json -q"
+            " -p no:cacheprovider --benchmark-columns median,iqr -k 'not boundary'"
+        ],
     },
     "unet": {
-        "sd15": [
-            "{python} {here}/unet_step.py --family sd15 --parity --profile --train"
-            " --variants eager-nchw,eager-nhwc,accelerated-nchw,accelerated-nhwc"
-            " --out {out}/unet-sd15.json"
-        ],
+        f"{family}{train}": [
+            f"{{python}} {{here}}/unet_step.py --family {family} {options}"
+            f" --out {{out}}/unet-{family}{train}.json"
+        ]
+        for family, train, options in (
+            ("sd15", "", "--parity --profile --variants " + LAYOUTS),
+            ("sdxl", "", "--parity --profile --variants " + LAYOUTS),
+            ("sd15", "-train", "--train --variants eager-nchw,accelerated-nchw"),
+            ("sd15", "-compiled", "--parity --variants compiled-nhwc"),
+        )
     },
 }
 
@@ -60,7 +80,8 @@ def main(args: argparse.Namespace) -> int:
             continue
         start = time.monotonic()
         with ThreadPoolExecutor(len(commands)) as pool:
-            codes = list(pool.map(lambda job: run(step, *job, out, end), enumerate(commands)))
+            jobs = [pool.submit(run, f"{step}-{i}", c, out, end) for i, c in enumerate(commands)]
+            codes = [job.result() for job in jobs]
         took = time.monotonic() - start
         if not any(codes):
             done.write_text(json.dumps({"seconds": took, "machine": platform.platform()}) + "\n")
@@ -69,11 +90,11 @@ def main(args: argparse.Namespace) -> int:
     return int(any(any(codes) for _, _, codes in summary))
 
 
-def run(step: str, index: int, command: str, out: Path, end: float) -> int:
+def run(name: str, command: str, out: Path, end: float) -> int:
     """The exit code; 124 if time ran out."""
     command = command.format(python=PYTHON, here=HERE, out=out)
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    with open(out / f"{step}-{index}.log", "w") as log:
+    with open(out / f"{name}.log", "w") as log:
         job = subprocess.Popen(
             command, shell=True, stdout=log, stderr=subprocess.STDOUT, cwd=out,
             env={**os.environ, "PYTHONPATH": path}, start_new_session=True,

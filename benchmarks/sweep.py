@@ -79,7 +79,7 @@ def _group_norm_table(default: Any, tile_bytes: int, warps: int, waves: int) -> 
         return tile._replace(slices=triton.cdiv(steps, triton.cdiv(steps, most)))
 
     GROUP_NORM.launch_table = table
-    GROUP_NORM.LAUNCH_OPTIONS = {"num_warps": warps, "maxnreg": 168}
+    GROUP_NORM.WARPS = warps
 
 
 def attention_cases() -> Iterator[Case]:

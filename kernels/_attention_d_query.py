@@ -54,8 +54,7 @@ def _one_tile_d_query_kernel(
     stride_mn,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    D: tl.constexpr,  # HEAD_DIM, rounded up
     BLOCK_M: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -73,32 +72,32 @@ def _one_tile_d_query_kernel(
     if MASK is not None:
         mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh
 
+    query = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D)
+    grad = _tile(grad_ptr, m, M, stride_gm, 0, HEAD_DIM, D)
     n1 = tl.arange(0, N1)
-    query1, query2 = _tiles(query_ptr, m, M, stride_qm, HEAD_DIM, D1, D2)
-    key1, key2 = _tiles(key_ptr, n1, N, stride_kn, HEAD_DIM, D1, D2)
+    key = _tile(key_ptr, n1, N, stride_kn, 0, HEAD_DIM, D)
     scores1 = _row_scores(
-        query1, query2, key1, key2, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
-        D2, MASK, PRECISION,
+        query, query, key, key, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
+        0, MASK, PRECISION,
     )  # fmt: skip
     scores2 = scores1
     if N2 > 0:
         n2 = N1 + tl.arange(0, N2)
-        key1, key2 = _tiles(key_ptr, n2, N, stride_kn, HEAD_DIM, D1, D2)
+        key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D)
         scores2 = _row_scores(
-            query1, query2, key1, key2, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
-            D2, MASK, PRECISION,
+            query, query, key, key, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
+            0, MASK, PRECISION,
         )  # fmt: skip
     p1, p2, base, total = _softmax(scores1, scores2, N2, MASK)
     inverse = 1 / total
     p1, p2 = p1 * inverse[:, None], p2 * inverse[:, None]
 
-    grad1, grad2 = _tiles(grad_ptr, m, M, stride_gm, HEAD_DIM, D1, D2)
-    value1, value2 = _tiles(value_ptr, n1, N, stride_vn, HEAD_DIM, D1, D2)
-    dp1 = _products(grad1, grad2, value1, value2, D2, PRECISION)
+    value = _tile(value_ptr, n1, N, stride_vn, 0, HEAD_DIM, D)
+    dp1 = _products(grad, grad, value, value, 0, PRECISION)
     delta = tl.sum(p1 * dp1, 1)
     if N2 > 0:
-        value1, value2 = _tiles(value_ptr, n2, N, stride_vn, HEAD_DIM, D1, D2)
-        dp2 = _products(grad1, grad2, value1, value2, D2, PRECISION)
+        value = _tile(value_ptr, n2, N, stride_vn, 0, HEAD_DIM, D)
+        dp2 = _products(grad, grad, value, value, 0, PRECISION)
         delta += tl.sum(p2 * dp2, 1)
     row = b * HEADS + h
     tl.store(statistics_ptr + row * 2 * M + m, base, mask=m < M)
@@ -107,21 +106,14 @@ def _one_tile_d_query_kernel(
 
     if d_query_ptr is not None:
         d_query_ptr += b * M * HEADS * HEAD_DIM + h * HEAD_DIM
-        ds1 = (p1 * (dp1 - delta[:, None])).to(query1.dtype)
-        key = _tile(key_ptr, n1, N, stride_kn, 0, HEAD_DIM, D1)  # again, kept in no register
+        ds1 = (p1 * (dp1 - delta[:, None])).to(query.dtype)
+        key = _tile(key_ptr, n1, N, stride_kn, 0, HEAD_DIM, D)  # again, kept in no register
         d_query = tl.dot(ds1, key, input_precision=PRECISION)
         if N2 > 0:
-            ds2 = (p2 * (dp2 - delta[:, None])).to(query1.dtype)
-            key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D1)
+            ds2 = (p2 * (dp2 - delta[:, None])).to(query.dtype)
+            key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D)
             d_query = _add_dot(d_query, ds2, key, PRECISION)
-        _store_tile(d_query_ptr, m, M, HEADS * HEAD_DIM, 0, d_query * scale, HEAD_DIM, D1)
-        if D2 > 0:
-            key = _tile(key_ptr, n1, N, stride_kn, D1, HEAD_DIM, D2)
-            d_query = tl.dot(ds1, key, input_precision=PRECISION)
-            if N2 > 0:
-                key = _tile(key_ptr, n2, N, stride_kn, D1, HEAD_DIM, D2)
-                d_query = _add_dot(d_query, ds2, key, PRECISION)
-            _store_tile(d_query_ptr, m, M, HEADS * HEAD_DIM, D1, d_query * scale, HEAD_DIM, D2)
+        _store_tile(d_query_ptr, m, M, HEADS * HEAD_DIM, 0, d_query * scale, HEAD_DIM, D)
 
 
 @triton.jit

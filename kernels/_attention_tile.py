@@ -2,12 +2,16 @@
 
 A size that is no power of two is two tiles rather than one padded up: head dims 40 = 32 + 16 (8 of
 them masked), 80 = 64 + 16, 160 = 128 + 32, and 77 keys = 64 + 16. What has no second part carries
-its first one in the second's place, unread.
+its first one in the second's place, unread. Heads are so only where keys or queries stream: outside
+a loop ptxas 12.8, which Triton 3.6 and 3.7 bring, loses the wgmma descriptor of the second product
+with the same weights (seen on an H200: wrong results, illegal accesses). There they are padded, and
+tests/tools/uniform_registers.py looks for the fault in every kernel.
 
 Where a mask is added, scores keep their own unit: in base 2 the lowest number, which masks are made
 of, would become minus infinity, and a row of nothing else would lose its weights.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,7 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ONE_TILE_KEYS = 128  # up to here the whole context is one tile, but in fp32
+from fastunet.kernels import _launch
+
+# Up to here the whole context is one tile, but in fp32.
+ONE_TILE_KEYS, ONE_TILE_HEAD_DIM = 128, 128
 
 # The base of a row is its highest score, yet no less than this: where all are -inf, their weights
 # are exp(-inf) = 0 and not NaN.
@@ -62,8 +69,17 @@ def _store_tiles(
 
 @triton.jit
 def _add_dot(total, left, right, PRECISION: tl.constexpr):
-    """total + left right, in total's dtype."""
-    return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    """total + left right, in total's dtype.
+
+    Plain cores, which fp32 takes, add the products one by one: summed apart from the total they
+    lose fewer digits. (An fma, since Triton makes of total + dot the dot that starts at total.)
+    """
+    if left.dtype == tl.float32:
+        apart = tl.dot(left, right, input_precision=PRECISION, out_dtype=total.dtype)
+        total = tl.fma(apart, 1.0, total)
+    else:
+        total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
 
 
 @triton.jit
@@ -169,6 +185,10 @@ def split(size: int) -> tuple[int, int]:
     return (2 * first, 0) if second == first else (first, second)
 
 
+def padded(head_dim: int) -> int:
+    return max(triton.next_power_of_2(head_dim), 16)
+
+
 def fp32_precision(tensor: Tensor) -> str:
     """fp32 products are fp32, unless PyTorch has been told that TF32 will do for matmuls."""
     if tensor.dtype != torch.float32 or torch.version.hip:  # most AMD targets have no TF32
@@ -179,8 +199,30 @@ def fp32_precision(tensor: Tensor) -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
-def streams(query: Tensor, key: Tensor) -> bool:
-    return key.shape[1] > ONE_TILE_KEYS or query.element_size() == 4
+def fitting_warps(tensor: Tensor, rows: int, most: int) -> int:
+    """``most``, but on Hopper no more than four for each 64 rows of a product.
+
+    Four warps hold 64 rows there. Of more, Triton lets the next four read the rows after them, past
+    the end of the tile in shared memory (seen on an H200, Triton 3.6: an illegal memory access).
+    """
+    return min(most, max(rows // 16, 4)) if _is_hopper(tensor.device) else most
+
+
+def _is_hopper(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return _capability(device.index)[0] == 9 and not torch.version.hip
+    if _launch.interpreted():
+        return False
+    target = triton.runtime.driver.active.get_current_target()  # compiled for a GPU not here
+    return target.backend == "cuda" and target.arch // 10 == 9
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
+
+
+def streams(query: Tensor, key: Tensor, heads: int) -> bool:
+    fits = key.shape[1] <= ONE_TILE_KEYS and query.shape[2] // heads <= ONE_TILE_HEAD_DIM
+    return not fits or query.element_size() == 4
 
 
 def dense_columns(tensor: Tensor) -> Tensor:

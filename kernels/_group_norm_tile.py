@@ -27,8 +27,13 @@ MAX_SLICES = 64  # every program of the second launch reads the sums of all
 # What a launch does: everything, or the first or the second half of it.
 WHOLE, REDUCE, APPLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Told no limit, ptxas spills a few registers where one more program would then fit a processor.
-LAUNCH_OPTIONS = {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 168})
+
+def launch_options(num_warps: int) -> dict[str, int]:
+    """For two programs a processor of 4 warps, or one and a half of 8. Told no limit of registers,
+    ptxas spills a few where one more program would then fit."""
+    return {"num_warps": num_warps} | (
+        {} if torch.version.hip else {"maxnreg": {4: 240, 8: 168}[num_warps]}
+    )
 
 
 @triton.jit
@@ -118,9 +123,9 @@ def launch_table(
     positions = max(lanes // channels, 1)
     programs, steps = samples * triton.cdiv(groups, owned), triton.cdiv(space, positions)
     slices = 1
-    # Up to eight tiles a second launch costs more than the processors that idle. That bound and the
-    # two programs a processor are estimates, not measured on a GPU.
-    if programs < processors and steps > 8:
+    # Up to four tiles a second launch costs more than the processors that idle. That bound, the two
+    # programs a processor, TILE_BYTES and the warps are what benchmarks/sweep.py found on an H200.
+    if programs < processors and steps > 4:
         most = min(triton.cdiv(2 * processors, programs), MAX_SLICES)
         slices = triton.cdiv(steps, triton.cdiv(steps, most))
     return Tile(owned, channels, positions, slices)

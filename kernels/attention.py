@@ -3,13 +3,12 @@
     p = exp(s - max(s)),  s = query key^T * scale + mask           out = p value / sum(p)
 
 One program owns BLOCK_M queries of one head of one sample. Contexts of up to 128 keys (77 in Stable
-Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones, and all in fp32, stream
-through in tiles of BLOCK_N keys with a running maximum and sum (Milakov and Gimelshein 2018; Dao et
-al. 2022). A row whose every key is masked gives zeros.
+Diffusion) fit one tile: a plain softmax, nothing is rescaled. Longer ones, heads of more than 128,
+and all in fp32 stream through in tiles of BLOCK_N keys with a running maximum and sum (Milakov and
+Gimelshein 2018; Dao et al. 2022). A row whose every key is masked gives zeros.
 
-A size that is no power of two is two tiles: see _attention_tile. Scores are then sums of two
-products, and the output is two accumulators. Heads are read in place, [B, L, H*D] by stride: no
-transpose before or after. The gradients are in attention_backward.
+A size that is no power of two is two tiles: see _attention_tile. Heads are read in place,
+[B, L, H*D] by stride: no transpose before or after. The gradients are in attention_backward.
 """
 
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from fastunet.kernels import _checks, _launch
 from fastunet.kernels._attention_tile import (
     LOWEST,
+    ONE_TILE_HEAD_DIM,
     ONE_TILE_KEYS,
     Tile,
     _add_dot,
@@ -35,8 +35,10 @@ from fastunet.kernels._attention_tile import (
     _tiles,
     _total,
     dense_columns,
+    fitting_warps,
     fp32_precision,
     mask_arguments,
+    padded,
     score_scale,
     split,
     streams,
@@ -70,8 +72,7 @@ def _one_tile_kernel(
     stride_mn,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    D1: tl.constexpr,  # HEAD_DIM = D1 + D2 with the last lanes of D2 masked; D2 may be 0
-    D2: tl.constexpr,
+    D: tl.constexpr,  # HEAD_DIM, rounded up
     BLOCK_M: tl.constexpr,
     N1: tl.constexpr,  # N <= N1 + N2; N2 may be 0
     N2: tl.constexpr,
@@ -89,40 +90,32 @@ def _one_tile_kernel(
     if MASK is not None:
         mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh
 
-    query1, query2 = _tiles(query_ptr, m, M, stride_qm, HEAD_DIM, D1, D2)
+    query = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D)
     n1 = tl.arange(0, N1)
-    key1, key2 = _tiles(key_ptr, n1, N, stride_kn, HEAD_DIM, D1, D2)
+    key = _tile(key_ptr, n1, N, stride_kn, 0, HEAD_DIM, D)
     scores1 = _row_scores(
-        query1, query2, key1, key2, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
-        D2, MASK, PRECISION,
+        query, query, key, key, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
+        0, MASK, PRECISION,
     )  # fmt: skip
     scores2 = scores1
     if N2 > 0:
         n2 = N1 + tl.arange(0, N2)
-        key1, key2 = _tiles(key_ptr, n2, N, stride_kn, HEAD_DIM, D1, D2)
+        key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D)
         scores2 = _row_scores(
-            query1, query2, key1, key2, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
-            D2, MASK, PRECISION,
+            query, query, key, key, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
+            0, MASK, PRECISION,
         )  # fmt: skip
     p1, p2, _, total = _softmax(scores1, scores2, N2, MASK)
-    p1, p2 = p1.to(query1.dtype), p2.to(query1.dtype)
 
-    value = _tile(value_ptr, n1, N, stride_vn, 0, HEAD_DIM, D1)
-    out1 = tl.dot(p1, value, input_precision=PRECISION)
+    value = _tile(value_ptr, n1, N, stride_vn, 0, HEAD_DIM, D)
+    out = tl.dot(p1.to(query.dtype), value, input_precision=PRECISION)
     if N2 > 0:
-        value = _tile(value_ptr, n2, N, stride_vn, 0, HEAD_DIM, D1)
-        out1 = _add_dot(out1, p2, value, PRECISION)
-    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out1 / total[:, None], HEAD_DIM, D1)
-    if D2 > 0:
-        value = _tile(value_ptr, n1, N, stride_vn, D1, HEAD_DIM, D2)
-        out2 = tl.dot(p1, value, input_precision=PRECISION)
-        if N2 > 0:
-            value = _tile(value_ptr, n2, N, stride_vn, D1, HEAD_DIM, D2)
-            out2 = _add_dot(out2, p2, value, PRECISION)
-        _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, D1, out2 / total[:, None], HEAD_DIM, D2)
+        value = _tile(value_ptr, n2, N, stride_vn, 0, HEAD_DIM, D)
+        out = _add_dot(out, p2.to(query.dtype), value, PRECISION)
+    _store_tile(out_ptr, m, M, HEADS * HEAD_DIM, 0, out / total[:, None], HEAD_DIM, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _streaming_kernel(
     out_ptr,  # [B, M, H*D] contiguous
     statistics_ptr,  # [B, H, 2, M] contiguous: of each row the base and 1 / sum(p); or None
@@ -199,18 +192,19 @@ def _streaming_kernel(
     _store_tiles(out_ptr, m, M, HEADS * HEAD_DIM, out1, out2, HEAD_DIM, D1, D2)
 
 
-def launch_table(keys: int, head_dim: int, itemsize: int) -> Tile:
-    """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory."""
+def launch_table(keys: int, head_dim: int, itemsize: int, masked: bool) -> Tile:
+    """Tiles whose accumulators stay in registers and whose operands fit 99 KiB of shared memory;
+    the addresses of a mask take as many registers as half the keys.
+    """
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
         queries, keys = 32 if head_dim <= 128 else 16, 32 if head_dim <= 160 else 16
         return Tile(queries, keys, num_warps=8, num_stages=1)
-    if keys <= ONE_TILE_KEYS:
-        # Past 64 half the queries, so that four warps hold them; past 128 eight do so with fewer
-        # registers (194 a thread instead of 234 at head dim 160, 77 keys, compiled for sm_80).
-        queries, num_warps = (128, 8) if head_dim <= 64 else (64, 4 if head_dim <= 128 else 8)
+    if keys <= ONE_TILE_KEYS and head_dim <= ONE_TILE_HEAD_DIM:
+        queries, num_warps = (128, 8) if head_dim <= 64 else (64, 4)
         return Tile(queries, keys, num_warps, num_stages=1)
     queries = 128 if head_dim <= 80 else 64
-    return Tile(queries, 64 if head_dim <= 160 else 32, num_warps=8, num_stages=2)
+    keys = (64 if head_dim <= 160 else 32) // (2 if masked else 1)
+    return Tile(queries, keys, num_warps=8, num_stages=2)
 
 
 def _forward(
@@ -230,21 +224,23 @@ def _forward(
     query, key, value = (dense_columns(t) for t in (query, key, value))
     mask, mask_strides, mask_kind = mask_arguments(mask, batch, heads, queries, keys)
     _, scale = score_scale(head_dim, scale, mask)
-    d1, d2 = split(head_dim)
-    tile = launch_table(keys, head_dim, query.element_size())
+    tile = launch_table(keys, head_dim, query.element_size(), mask is not None)
     grid = (batch * heads * triton.cdiv(queries, tile.queries),)
-    if not streams(query, key):
+    if not streams(query, key, heads):
         n1, n2 = split(tile.keys)
-        kernel, outputs, sizes = _one_tile_kernel, (out,), {"N1": n1, "N2": n2}
+        kernel, outputs = _one_tile_kernel, (out,)
+        sizes = {"D": padded(head_dim), "N1": n1, "N2": n2}
     else:
+        d1, d2 = split(head_dim)
         kernel, outputs = _streaming_kernel, (out, statistics if save else None)
-        sizes = {"BLOCK_N": tile.keys, "ACC": _launch.accumulator(query)}
+        sizes = {"D1": d1, "D2": d2, "BLOCK_N": tile.keys, "ACC": _launch.accumulator(query)}
     kernel[grid](
         *outputs, query, key, value, mask, scale, queries, keys,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *mask_strides,
-        HEADS=heads, HEAD_DIM=head_dim, D1=d1, D2=d2, BLOCK_M=tile.queries, **sizes,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_M=tile.queries, **sizes,
         MASK=mask_kind, PRECISION=fp32_precision(query),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=fitting_warps(query, tile.queries, tile.num_warps),
+        num_stages=tile.num_stages,
         **(FP32_OPTIONS if query.element_size() == 4 else {}),
     )  # fmt: skip
     return out, statistics
@@ -260,15 +256,15 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     """(out, statistics of the rows, where the backward pass reads any)."""
     batch, queries, _ = query.shape
-    statistics = (batch, heads, 2, queries) if streams(query, key) else (0,)
+    statistics = (batch, heads, 2, queries) if streams(query, key, heads) else (0,)
     return query.new_empty(query.shape), query.new_empty(statistics, dtype=_launch.wide(query))
 
 
 def _keep(args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Any, ...]:
     """Up to one tile of keys the sum of p * dp is summed as such, beyond as out * d_out."""
-    query, key = args[:2]
+    query, key, _, heads = args[:4]
     out = results[0] if key.shape[1] > ONE_TILE_KEYS else None
-    return (*args, out, results[1] if streams(query, key) else None)
+    return (*args, out, results[1] if streams(query, key, heads) else None)
 
 
 _operator = Operator(

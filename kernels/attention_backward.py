@@ -14,8 +14,10 @@ from torch import Tensor
 from fastunet.kernels import _attention_d_key_value, _attention_d_query, _launch
 from fastunet.kernels._attention_tile import (
     dense_columns,
+    fitting_warps,
     fp32_precision,
     mask_arguments,
+    padded,
     score_scale,
     split,
 )
@@ -47,29 +49,41 @@ def backward(
     )  # fmt: skip
     d1, d2 = split(head_dim)
     options = {
-        "HEADS": heads, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "MASK": mask_kind,
+        "HEADS": heads, "HEAD_DIM": head_dim, "MASK": mask_kind,
         "PRECISION": fp32_precision(query),
     }  # fmt: skip
+    parts = {"D1": d1, "D2": d2}
     acc, wide = _launch.accumulator(query), _launch.wide(query)
     delta = query.new_empty((batch, heads, queries), dtype=wide)
     d_query = query.new_empty(query.shape) if needs[0] else None
     tile = _attention_d_query.launch_table(head_dim, query.element_size())
     grid = (batch * heads * triton.cdiv(queries, tile.queries),)
-    sizes = {"BLOCK_M": tile.queries, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    warps = fitting_warps(query, tile.queries, tile.num_warps)
+    sizes = {"BLOCK_M": tile.queries, "num_warps": warps, "num_stages": tile.num_stages}
     if statistics is None:
         statistics = query.new_empty((batch, heads, 2, queries), dtype=wide)
         n1, n2 = split(keys)
         _attention_d_query._one_tile_d_query_kernel[grid](
-            d_query, statistics, delta, *inputs, N1=n1, N2=n2, **sizes, **options
+            d_query,
+            statistics,
+            delta,
+            *inputs,
+            D=padded(head_dim),
+            N1=n1,
+            N2=n2,
+            **sizes,
+            **options,
         )
     else:
         _attention_d_query._streaming_d_query_kernel[grid](
-            d_query, statistics, delta, out, *inputs, BLOCK_N=tile.keys, ACC=acc, **sizes, **options
-        )
+            d_query, statistics, delta, out, *inputs, BLOCK_N=tile.keys, ACC=acc,
+            **sizes, **parts, **options,
+        )  # fmt: skip
 
     tile = _attention_d_key_value.launch_table(
         head_dim, query.element_size(), masked=mask is not None
     )
+    warps = fitting_warps(query, tile.keys, tile.num_warps)
     programs = batch * heads * triton.cdiv(keys, tile.keys)
     steps = triton.cdiv(queries, tile.queries)
     slices = _attention_d_key_value.slices_of_queries(programs, steps, _launch.processors(query))
@@ -82,7 +96,7 @@ def backward(
             _attention_d_key_value._d_key_value_kernel[(programs * slices,)](
                 *pair, statistics, delta, *inputs, batch, triton.cdiv(steps, slices) * tile.queries,
                 BLOCK_M=tile.queries, BLOCK_N=tile.keys, ACC=acc,
-                num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
+                num_warps=warps, num_stages=tile.num_stages, **parts, **options,
             )  # fmt: skip
     d_key_value = [t[0] if slices == 1 else t.sum(0).to(query.dtype) for t in sums if t is not None]
     return [*([] if d_query is None else [d_query]), *d_key_value]

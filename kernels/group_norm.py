@@ -22,7 +22,6 @@ from torch import Tensor
 from fastunet.kernels import _checks, _launch
 from fastunet.kernels._group_norm_tile import (
     APPLY,
-    LAUNCH_OPTIONS,
     MAX_CHANNELS,
     MAX_SLICES,
     REDUCE,
@@ -38,11 +37,14 @@ from fastunet.kernels._group_norm_tile import (
     _parameter,
     dense_channels,
     is_aligned,
+    launch_options,
     launch_table,
     strides,
 )
 from fastunet.kernels._operator import Operator
 from fastunet.kernels.group_norm_backward import backward, fake_backward
+
+WARPS = 4
 
 
 @triton.jit
@@ -133,7 +135,7 @@ def _group_norm_kernel(
         guess = _by_group(tl.sum(u, 1), member) / count
         centre, rest = _difference(shift, _by_channel(guess, member))
         d = tl.where(mask, first + centre[:, None], 0.0)
-        sums, squares = tl.sum(d, 1), tl.sum(d * d, 1)
+        sum_tile, square_tile = d, d * d  # added up lane by lane: a sum over lanes is dear
         for s0 in tl.range(first_s + BLOCK_S, last_s, BLOCK_S, num_stages=STAGES):
             s = s0 + lane_s
             mask = mask_c[:, None] & (s < last_s)[None, :]
@@ -141,8 +143,9 @@ def _group_norm_kernel(
                 x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC
             )
             d = tl.where(mask, x + centre[:, None], 0.0)
-            sums += tl.sum(d, 1)
-            squares += tl.sum(d * d, 1)
+            sum_tile += d
+            square_tile += d * d
+        sums, squares = tl.sum(sum_tile, 1), tl.sum(square_tile, 1)
         # Of u - guess: d lacks what rounding took off the difference of shift and guess.
         count = (last_s - first_s).to(ACC)
         squares += rest * (2.0 * sums + count * rest)
@@ -235,7 +238,7 @@ def _forward(
             TILE_C=tile.groups * group_channels, BLOCK_C=tile.channels, BLOCK_S=tile.space,
             BLOCK_G=triton.next_power_of_2(tile.groups), MAX_SLICES=MAX_SLICES,
             SILU=activation == "silu", ALIGNED=is_aligned(rows),
-            ACC=_launch.accumulator(x), **LAUNCH_OPTIONS,
+            ACC=_launch.accumulator(x), **launch_options(WARPS),
         )  # fmt: skip
     return y, saved
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from fastunet.kernels import _launch
 from fastunet.kernels._group_norm_tile import (
     APPLY,
-    LAUNCH_OPTIONS,
     REDUCE,
     STAGES,
     TILE_BYTES,
@@ -40,6 +39,7 @@ from fastunet.kernels._group_norm_tile import (
     _parameter,
     dense_channels,
     is_aligned,
+    launch_options,
     launch_table,
     strides,
 )
@@ -199,6 +199,9 @@ def _group_norm_backward_kernel(
             statistics_at, weight_ptr, bias_ptr, shift_ptr, scale_shift_ptr, c, mask_c, mask_g,
             member, C, ACC,
         )  # fmt: skip
+        # Added up lane by lane: a sum over lanes is dear.
+        a_tile, b_tile = tl.zeros([BLOCK_C, BLOCK_S], ACC), tl.zeros([BLOCK_C, BLOCK_S], ACC)
+        t_tile = tl.zeros([BLOCK_C, BLOCK_S], ACC)
         for s0 in tl.range(first_s, last_s, BLOCK_S, num_stages=STAGES):
             s = s0 + lane_s
             mask = mask_c[:, None] & (s < last_s)[None, :]
@@ -206,10 +209,13 @@ def _group_norm_backward_kernel(
                 x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, grad_row, stride_gs,
                 c, s, mask, centre, scale, offset, C1, SILU, ACC,
             )  # fmt: skip
-            a += tl.sum(g, 1)
-            b += tl.sum(g * d, 1)
+            a_tile += g
+            b_tile += g * d
             if d_shift_ptr is not None:
-                t += tl.sum(d, 1)
+                t_tile += d
+        a, b = tl.sum(a_tile, 1), tl.sum(b_tile, 1)
+        if d_shift_ptr is not None:
+            t = tl.sum(t_tile, 1)
         centre, rest, rstd, weight, bias, factor, scale, offset = _constants(
             statistics_at, weight_ptr, bias_ptr, shift_ptr, scale_shift_ptr, c, mask_c, mask_g,
             member, C, ACC,
@@ -334,7 +340,7 @@ def backward(
             BLOCK_G=triton.next_power_of_2(tile.groups),
             IMAGES=needs[0] or needs[1], CHANNELS=of_channels,
             SILU=activation == "silu", ALIGNED=is_aligned(rows),
-            ACC=_launch.accumulator(x), **LAUNCH_OPTIONS,
+            ACC=_launch.accumulator(x), **launch_options(8),
         )  # fmt: skip
     if d_affine is not None:
         sums = d_affine.sum(0)

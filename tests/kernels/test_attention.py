@@ -276,5 +276,5 @@ def test_sizes_split_into_powers_of_two_with_few_lanes_idle():
 
 
 def test_launch_table_takes_the_text_in_one_tile():
-    assert launch_table(77, 160, 2).keys == 77 and launch_table(128, 40, 2).keys == 128
-    assert launch_table(129, 40, 2).keys == 64
+    assert launch_table(77, 80, 2, False).keys == 77 and launch_table(128, 40, 2, True).keys == 128
+    assert launch_table(129, 40, 2, False).keys == 64
