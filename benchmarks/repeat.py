@@ -37,10 +37,8 @@ def forward_and_backward(op: str, sizes: tuple[int, ...], options: dict[str, Any
     def call(upstream: list[Tensor] | None = None) -> list[Tensor]:
         outputs = function(*args, **kwargs, backend="triton")
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        generator = torch.Generator("cuda").manual_seed(0)
         if upstream is None:
-            upstream = [torch.randn(o.shape, generator=generator, device="cuda").to(o.dtype)
-                        for o in outputs]  # fmt: skip
+            upstream = [torch.randn_like(output) for output in outputs]
         return [*outputs, *torch.autograd.grad(outputs, leaves, upstream), *upstream]
 
     first = call()

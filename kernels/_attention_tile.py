@@ -11,7 +11,6 @@ Where a mask is added, scores keep their own unit: in base 2 the lowest number, 
 of, would become minus infinity, and a row of nothing else would lose its weights.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -205,19 +204,7 @@ def fitting_warps(tensor: Tensor, rows: int, most: int) -> int:
     Four warps hold 64 rows there. Of more, Triton lets the next four read the rows after them, past
     the end of the tile in shared memory (seen on an H200, Triton 3.6: an illegal memory access).
     """
-    return min(most, max(rows // 16, 4)) if _is_hopper(tensor.device) else most
-
-
-def _is_hopper(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return _capability(device.index)[0] == 9 and not torch.version.hip
-    if _launch.interpreted():
-        return False
-    target = triton.runtime.driver.active.get_current_target()  # compiled for a GPU not here
-    return target.backend == "cuda" and target.arch // 10 == 9
-
-
-_capability = functools.cache(torch.cuda.get_device_capability)
+    return min(most, rows // 16) if rows >= 64 and _launch.is_hopper(tensor) else most
 
 
 def streams(query: Tensor, key: Tensor, heads: int) -> bool:

@@ -217,9 +217,17 @@ def processors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index) if tensor.is_cuda else 1
 
 
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether the tensor's GPU is an H100, an H200 or a kin of theirs (compute capability 9)."""
+    return tensor.is_cuda and not torch.version.hip and _capability(tensor.device.index)[0] == 9
+
+
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def rows(x: Tensor) -> Tensor:

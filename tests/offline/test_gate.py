@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 import gate
+import hopper_faults
 import offline
 import tile_loads
 
@@ -35,6 +36,8 @@ def test_good_resources_break_no_rule(target):
         ({"wgmma": 0, "mma": 8}, "has no wgmma"),
         ({"widest_load": 64}, "loads 64 bits"),
         ({"scalar_loads": 1}, "1 scalar loads"),
+        ({"lost_descriptors": 2}, "2 uniform registers that nothing writes"),
+        ({"warps_without_rows": 1}, "1 products with warps that have no rows"),
     ],
 )
 def test_each_rule_can_be_broken(changes, text):
@@ -114,3 +117,44 @@ def test_parameters_are_no_tiles(target):
     assert {load.bits for load in loads if load.rank == 2} == {128}
     assert {load.bits for load in loads if load.rank == 1} == {16}
     assert not any(load.is_scalar for load in loads)
+
+
+def test_a_lost_descriptor_is_seen():
+    """What ptxas made of a product that gave wrong results: UR13 has no definition."""
+    good = """
+        /*1870*/  USHF.R.U32.HI UR14, URZ, 0x4, UR12 ;
+        /*49d0*/  UMOV UR15, 0x80000020 ;
+        /*49e0*/  UIADD3 UR6, UP0, UR14, 0x40, URZ ;
+        /*49f0*/  UIADD3.X UR7, URZ, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*4ac0*/  HGMMA.64x32x16.F32 R24, R92, gdesc[UR12].tnspB, RZ, !UPT ;
+        /*4ad0*/  HGMMA.64x32x16.F32 R24, R96, gdesc[UR4].tnspB, R24 ;
+        /*4ae0*/  @!P2 STS.64 [R0+UR12], R40 ;
+        /*4af0*/  MOV R29, UR51 ;
+        /*4b00*/  R2UR UR51, R29 ;
+    """
+    assert hopper_faults.unwritten("/*0150*/ UMOV UR12, 0x400 ;" + good) == []
+    assert hopper_faults.unwritten(good)[0].startswith("USHF.R.U32.HI UR14")
+    lost = good.replace("UP0, UR14", "UP0, UR13").replace("URZ, -0x7", "UR13, -0x7")
+    found = hopper_faults.unwritten("/*0150*/ UMOV UR12, 0x400 ;" + lost)
+    assert [line.split()[0] for line in found] == ["UIADD3", "UIADD3.X"]
+    found = hopper_faults.unwritten(
+        "/*0150*/ UMOV UR12, 0x400 ;" + good + "/*4c00*/ UMOV UR4, UR51 ;"
+    )
+    assert found == ["UMOV UR4, UR51"]
+
+
+@triton.jit
+def _two_products_kernel(x_ptr, y_ptr):
+    rows, columns = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    x = tl.load(x_ptr + rows * 64 + columns)
+    scores = tl.dot(x, tl.trans(x)).to(tl.float16)
+    tl.store(y_ptr + rows * 64 + columns, tl.dot(scores, x))
+
+
+@pytest.mark.parametrize(("num_warps", "without"), [(4, False), (8, True)])
+def test_warps_without_rows_are_seen(num_warps, without):
+    x = torch.empty(64, 64, dtype=torch.float16)
+    with offline.target("sm_90") as launches:
+        _two_products_kernel[(1,)](x, x, num_warps=num_warps)
+    (compiled,) = launches.variants()
+    assert bool(offline.resources(compiled)["warps_without_rows"]) == without

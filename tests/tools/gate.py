@@ -46,6 +46,9 @@ def broken_rules(
     rule(shared <= limit, f"takes {shared} bytes of shared memory, {target} has {limit}")
     rule(used["atomics"] == 0, f"has {used['atomics']} atomics")
     rule(used["tf32"] == 0, f"has {used['tf32']} products in tf32")
+    lost, without = used.get("lost_descriptors", 0), used.get("warps_without_rows", 0)
+    rule(not lost, f"reads {lost} uniform registers that nothing writes")
+    rule(not without, f"has {without} products with warps that have no rows")
     if op == "attention" and dtype != torch.float32:
         unit = matrix_unit(target)
         rule(used[unit] > 0, f"has no {unit}, the matrix instruction of {target}")

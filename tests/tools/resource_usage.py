@@ -8,6 +8,7 @@ from pathlib import Path
 import triton
 from triton.compiler import CompiledKernel
 
+import hopper_faults
 import tile_loads
 
 # Counted in the text of the program: once an instruction, however often a loop runs it.
@@ -45,7 +46,8 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     wgmma, tcgen05, mma and mfma; global loads of 128 bits and more, and of one 16-bit element;
     copies that bypass registers (cp_async, tma); atomics; tensor core instructions on tf32. Of the
     loads of tiles, widest_load are the bits of the widest, and scalar_loads counts those of one
-    16-bit value where the tile has several for the thread.
+    16-bit value where the tile has several for the thread. Of a kernel with wgmma also what
+    hopper_faults finds: lost_descriptors and warps_without_rows.
     """
     if compiled.metadata.target.backend == "cuda":
         text, patterns = compiled.asm["ptx"], _PTX
@@ -58,6 +60,11 @@ def resources(compiled: CompiledKernel) -> dict[str, int]:
     loads = tile_loads.loads(compiled)
     usage["widest_load"] = tile_loads.widest(loads)
     usage["scalar_loads"] = sum(load.is_scalar for load in loads)
+    if usage["wgmma"]:
+        disassembler = triton.knobs.nvidia.nvdisasm.path
+        sass = _run_on_file(compiled.asm["cubin"], disassembler, "-c")
+        usage["lost_descriptors"] = len(hopper_faults.unwritten(sass))
+        usage["warps_without_rows"] = hopper_faults.warps_without_rows(compiled.asm["ttgir"])
     return usage
 
 

@@ -1,12 +1,16 @@
-"""Uniform registers that a compiled kernel reads and never wrote, from its machine code.
+"""Two faults of compiled kernels on sm_90 that nothing but a GPU, or a look at the code, shows.
 
-ptxas 12.8, which Triton 3.6 and 3.7 bring, loses the definition of a wgmma descriptor in some
-kernels: its halves are then taken from a register that holds whatever was there. On an H200 that
-gave wrong results and illegal memory accesses; nothing short of the machine code shows it.
+Both were found on an H200, as wrong results and illegal memory accesses of attention:
+
+- ptxas 12.8, which Triton 3.6 and 3.7 bring, loses the definition of a wgmma descriptor: its halves
+  are then taken from a uniform register that nothing has written.
+- Triton 3.6 gives eight warps a product of 64 rows: the second warp group reads the 64 rows after
+  them, past the end of the tile in shared memory.
 """
 
 import re
 
+_DOT = re.compile(r"ttng\.warp_group_dot .*-> tensor<(\d+)x\d+x\w+, (#\w+)>")
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _REGISTER = re.compile(r"\bUR(\d+)\b")
 _WRITERS = ("U", "R2UR", "S2UR", "CS2UR", "REDUX", "CREDUX", "VOTEU", "LDCU")
@@ -45,3 +49,9 @@ def unwritten(sass: str) -> list[str]:
             first = int(_REGISTER.search(operands.split(",")[target])[1])
             written |= {first, first + 1} if ".64" in name or ".WIDE" in name else {first}
     return found
+
+
+def warps_without_rows(ttgir: str) -> int:
+    """How many products have more warps along their rows than 16 rows for each."""
+    warps = dict(re.findall(r"^(#\w+) = #ttg\.nvidia_mma<.*?warpsPerCTA = \[(\d+),", ttgir, re.M))
+    return sum(16 * int(warps[layout]) > int(rows) for rows, layout in _DOT.findall(ttgir))
