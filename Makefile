@@ -6,7 +6,7 @@ SPEC := pyproject.toml setup.py Makefile
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-triton36 targets fuzz mutants bench clean
+.PHONY: help demo test lint test-triton36 targets fuzz mutants bench gpu-parity gpu-bench gpu-unet clean
 
 help: ## print this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -42,6 +42,17 @@ mutants: .venv/.dev ## break the kernels in 120 ways: are 95 % seen, and the oth
 
 bench: .venv/.dev ## time every op against eager PyTorch (figures mean something on a GPU only)
 	.venv/bin/pytest benchmarks --benchmark-only
+
+# They take whatever Python has torch, Triton, diffusers and this package; what is done is not repeated.
+RESULTS ?= runs/gpu
+gpu-parity: ## on a GPU: parity at full size, sanitizers, the suite; results in runs/gpu
+	$(PYTHON) benchmarks/gpu.py parity --out $(RESULTS)
+
+gpu-bench: ## on a GPU: limits, launch tables, every op against PyTorch
+	$(PYTHON) benchmarks/gpu.py bench --out $(RESULTS)
+
+gpu-unet: ## on a GPU: a step of the U-Nets of SD 1.5 and SDXL, eager, accelerated and compiled
+	$(PYTHON) benchmarks/gpu.py unet --out $(RESULTS)
 
 clean: ## remove both venvs, builds and caches (runs/ stays)
 	rm -rf .venv .venv-triton36 build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -7,6 +7,7 @@ several slices are written apart and added by one last step, always in the same 
 import triton
 import triton.language as tl
 
+from fastunet.kernels import _launch
 from fastunet.kernels._attention_tile import (
     Tile,
     _add_product,
@@ -125,4 +126,4 @@ def launch_table(head_dim: int, itemsize: int, masked: bool) -> Tile:
 def slices_of_queries(programs: int, steps: int, processors: int) -> int:
     """So many that one program falls to each processor, and none is left without a step."""
     most = min(max(processors // programs, 1), steps)
-    return triton.cdiv(steps, triton.cdiv(steps, most))
+    return _launch.cdiv(steps, _launch.cdiv(steps, most))

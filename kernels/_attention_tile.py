@@ -180,12 +180,12 @@ def split(size: int) -> tuple[int, int]:
     first = max(1 << (size.bit_length() - 1), 16)
     if size <= first:
         return first, 0
-    second = max(triton.next_power_of_2(size - first), 16)
+    second = max(_launch.next_power_of_2(size - first), 16)
     return (2 * first, 0) if second == first else (first, second)
 
 
 def padded(head_dim: int) -> int:
-    return max(triton.next_power_of_2(head_dim), 16)
+    return max(_launch.next_power_of_2(head_dim), 16)
 
 
 def fp32_precision(tensor: Tensor) -> str:

@@ -119,15 +119,15 @@ def launch_table(
     owned = 1
     while row_bytes and owned * row_bytes < 128 and owned < groups:
         owned *= 2
-    channels = triton.next_power_of_2(owned * group_channels)
+    channels = _launch.next_power_of_2(owned * group_channels)
     positions = max(lanes // channels, 1)
-    programs, steps = samples * triton.cdiv(groups, owned), triton.cdiv(space, positions)
+    programs, steps = samples * _launch.cdiv(groups, owned), _launch.cdiv(space, positions)
     slices = 1
     # Up to four tiles a second launch costs more than the processors that idle. That bound, the two
     # programs a processor, TILE_BYTES and the warps are what benchmarks/sweep.py found on an H200.
     if programs < processors and steps > 4:
-        most = min(triton.cdiv(2 * processors, programs), MAX_SLICES)
-        slices = triton.cdiv(steps, triton.cdiv(steps, most))
+        most = min(_launch.cdiv(2 * processors, programs), MAX_SLICES)
+        slices = _launch.cdiv(steps, _launch.cdiv(steps, most))
     return Tile(owned, channels, positions, slices)
 
 

@@ -230,6 +230,18 @@ def _multiprocessors(device: int) -> int:
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
+# Triton has both, but its own are wrapped for use in kernels too, and each call takes microseconds
+# of a launch.
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def rows(x: Tensor) -> Tensor:
     """x [N, C, *S] as [N, C, S] with space or channels dense; other layouts are copied to NCHW."""
     shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))

@@ -225,7 +225,7 @@ def _forward(
     mask, mask_strides, mask_kind = mask_arguments(mask, batch, heads, queries, keys)
     _, scale = score_scale(head_dim, scale, mask)
     tile = launch_table(keys, head_dim, query.element_size(), mask is not None)
-    grid = (batch * heads * triton.cdiv(queries, tile.queries),)
+    grid = (batch * heads * _launch.cdiv(queries, tile.queries),)
     if not streams(query, key, heads):
         n1, n2 = split(tile.keys)
         kernel, outputs = _one_tile_kernel, (out,)

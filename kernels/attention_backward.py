@@ -8,7 +8,6 @@ Two launches: d_query with what each query needs later (_attention_d_query), the
 (_attention_d_key_value). There are no atomics: every run gives the same bits.
 """
 
-import triton
 from torch import Tensor
 
 from fastunet.kernels import _attention_d_key_value, _attention_d_query, _launch
@@ -57,7 +56,7 @@ def backward(
     delta = query.new_empty((batch, heads, queries), dtype=wide)
     d_query = query.new_empty(query.shape) if needs[0] else None
     tile = _attention_d_query.launch_table(head_dim, query.element_size())
-    grid = (batch * heads * triton.cdiv(queries, tile.queries),)
+    grid = (batch * heads * _launch.cdiv(queries, tile.queries),)
     warps = fitting_warps(query, tile.queries, tile.num_warps)
     sizes = {"BLOCK_M": tile.queries, "num_warps": warps, "num_stages": tile.num_stages}
     if statistics is None:
@@ -84,8 +83,8 @@ def backward(
         head_dim, query.element_size(), masked=mask is not None
     )
     warps = fitting_warps(query, tile.keys, tile.num_warps)
-    programs = batch * heads * triton.cdiv(keys, tile.keys)
-    steps = triton.cdiv(queries, tile.queries)
+    programs = batch * heads * _launch.cdiv(keys, tile.keys)
+    steps = _launch.cdiv(queries, tile.queries)
     slices = _attention_d_key_value.slices_of_queries(programs, steps, _launch.processors(query))
     shape = (slices, batch, keys, width)
     dtype = query.dtype if slices == 1 else wide
@@ -94,7 +93,8 @@ def backward(
     for pair in together:  # past 128 the registers hold the sums of one
         if any(t is not None for t in pair):
             _attention_d_key_value._d_key_value_kernel[(programs * slices,)](
-                *pair, statistics, delta, *inputs, batch, triton.cdiv(steps, slices) * tile.queries,
+                *pair, statistics, delta, *inputs, batch,
+                _launch.cdiv(steps, slices) * tile.queries,
                 BLOCK_M=tile.queries, BLOCK_N=tile.keys, ACC=acc,
                 num_warps=warps, num_stages=tile.num_stages, **parts, **options,
             )  # fmt: skip

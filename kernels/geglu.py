@@ -84,12 +84,12 @@ def launch_table(features: int) -> tuple[int, int]:
     """
     block_d = min(features & -features, 1024)
     if block_d < 64:
-        block_d = min(triton.next_power_of_2(features), 1024)
+        block_d = min(_launch.next_power_of_2(features), 1024)
     return 2048 // block_d, block_d
 
 
 def _grid(rows: int, features: int, block_r: int, block_d: int) -> tuple[int]:
-    return (triton.cdiv(rows, block_r) * triton.cdiv(features, block_d),)
+    return (_launch.cdiv(rows, block_r) * _launch.cdiv(features, block_d),)
 
 
 def _forward(x: Tensor, save: bool) -> tuple[Tensor]:

@@ -228,15 +228,15 @@ def _forward(
     if tile.slices > 1:
         shape = (samples, num_groups, tile.slices, 3)
         slices, phases = x.new_empty(shape, dtype=_launch.wide(x)), [REDUCE, APPLY]
-    grid = (samples * triton.cdiv(num_groups, tile.groups) * tile.slices,)
+    grid = (samples * _launch.cdiv(num_groups, tile.groups) * tile.slices,)
     for phase in phases:
         _group_norm_kernel[grid](
             y_rows, saved, slices, rows, skip_rows, weight, bias, shift, scale_shift,
-            space, triton.cdiv(triton.cdiv(space, tile.space), tile.slices), phase.value,
+            space, _launch.cdiv(_launch.cdiv(space, tile.space), tile.slices), phase.value,
             *y_rows.stride(), *rows.stride(), *strides(skip_rows), stride_shift, stride_scale,
             eps=float(eps), C=channels, C1=rows.shape[1], GROUP_C=group_channels,
             TILE_C=tile.groups * group_channels, BLOCK_C=tile.channels, BLOCK_S=tile.space,
-            BLOCK_G=triton.next_power_of_2(tile.groups), MAX_SLICES=MAX_SLICES,
+            BLOCK_G=_launch.next_power_of_2(tile.groups), MAX_SLICES=MAX_SLICES,
             SILU=activation == "silu", ALIGNED=is_aligned(rows),
             ACC=_launch.accumulator(x), **launch_options(WARPS),
         )  # fmt: skip

@@ -327,17 +327,17 @@ def backward(
         group_sums = x.new_empty((samples, num_groups, tile.slices, 2), dtype=wide)
         if of_channels:
             channel_sums = x.new_empty((samples, channels, tile.slices, 3), dtype=wide)
-    grid = (samples * triton.cdiv(num_groups, tile.groups) * tile.slices,)
+    grid = (samples * _launch.cdiv(num_groups, tile.groups) * tile.slices,)
     for phase in phases:
         _group_norm_backward_kernel[grid](
             d_x_rows, d_skip_rows, d_affine, d_shift, d_scale_shift, group_sums, channel_sums,
             grad_rows, statistics, rows, skip_rows, weight, bias, shift, scale_shift,
-            space, triton.cdiv(triton.cdiv(space, tile.space), tile.slices), phase.value,
+            space, _launch.cdiv(_launch.cdiv(space, tile.space), tile.slices), phase.value,
             *strides(d_x_rows), *strides(d_skip_rows), *grad_rows.stride(), *rows.stride(),
             *strides(skip_rows), stride_shift, stride_scale,
             C=channels, C1=rows.shape[1], GROUP_C=group_channels,
             TILE_C=tile.groups * group_channels, BLOCK_C=tile.channels, BLOCK_S=tile.space,
-            BLOCK_G=triton.next_power_of_2(tile.groups),
+            BLOCK_G=_launch.next_power_of_2(tile.groups),
             IMAGES=needs[0] or needs[1], CHANNELS=of_channels,
             SILU=activation == "silu", ALIGNED=is_aligned(rows),
             ACC=_launch.accumulator(x), **launch_options(8),

@@ -134,15 +134,15 @@ def launch_table(features: int) -> tuple[int, int, int]:
     give each thread so few values that threads repeat one another's loads; padded lanes load
     nothing.
     """
-    block_d = triton.next_power_of_2(features)
+    block_d = _launch.next_power_of_2(features)
     return max(2048 // block_d, 1), block_d, min(max(block_d // 512, 4), 16)
 
 
 def slices_of_rows(rows: int, block_r: int, processors: int) -> tuple[int, int]:
     """(programs, rows of each): four programs fall to each processor, and none is without rows."""
-    steps = triton.cdiv(rows, block_r)
-    steps_each = triton.cdiv(steps, min(4 * processors, steps))
-    return triton.cdiv(steps, steps_each), steps_each * block_r
+    steps = _launch.cdiv(rows, block_r)
+    steps_each = _launch.cdiv(steps, min(4 * processors, steps))
+    return _launch.cdiv(steps, steps_each), steps_each * block_r
 
 
 def _forward(
@@ -157,7 +157,7 @@ def _forward(
     weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
     rows, features = x_rows.shape
     block_r, block_d, warps = launch_table(features)
-    _add_layer_norm_kernel[(triton.cdiv(rows, block_r),)](
+    _add_layer_norm_kernel[(_launch.cdiv(rows, block_r),)](
         total, normed, statistics, x_rows, residual_rows, weight, bias,
         rows, float(eps), x_rows.stride(0), residual_rows.stride(0),
         D=features, BLOCK_R=block_r, BLOCK_D=block_d, ACC=_launch.accumulator(x), num_warps=warps,

@@ -82,16 +82,16 @@ def _sum_over_space_kernel(
 def launch_table(channels: int, space: int, channels_last: bool) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_S) of up to 2048 values, 16 a thread, longest where memory is dense."""
     if channels_last:
-        block_c = min(triton.next_power_of_2(channels), 128)
-        return block_c, min(triton.next_power_of_2(space), 2048 // block_c)
-    block_s = min(triton.next_power_of_2(space), 1024)
-    return min(triton.next_power_of_2(channels), 2048 // block_s), block_s
+        block_c = min(_launch.next_power_of_2(channels), 128)
+        return block_c, min(_launch.next_power_of_2(space), 2048 // block_c)
+    block_s = min(_launch.next_power_of_2(space), 1024)
+    return min(_launch.next_power_of_2(channels), 2048 // block_s), block_s
 
 
 def slices_of_space(programs: int, steps: int, processors: int) -> int:
     """So many that two programs fall to each processor, and none is left without a step."""
     most = min(max(2 * processors // programs, 1), 64)
-    return triton.cdiv(steps, triton.cdiv(steps, most))
+    return _launch.cdiv(steps, _launch.cdiv(steps, most))
 
 
 def _forward(x: Tensor, emb: Tensor, save: bool) -> tuple[Tensor]:
@@ -102,7 +102,7 @@ def _forward(x: Tensor, emb: Tensor, save: bool) -> tuple[Tensor]:
     y_rows = _launch.rows(y)
     samples, channels, space = x_rows.shape
     block_c, block_s = launch_table(channels, space, _launch.is_channels_last(x_rows))
-    grid = (samples * triton.cdiv(channels, block_c) * triton.cdiv(space, block_s),)
+    grid = (samples * _launch.cdiv(channels, block_c) * _launch.cdiv(space, block_s),)
     _add_time_embedding_kernel[grid](
         y_rows, x_rows, emb.contiguous(), space, *y_rows.stride(), *x_rows.stride(),
         C=channels, BLOCK_C=block_c, BLOCK_S=block_s, ACC=_launch.accumulator(x),
@@ -117,8 +117,8 @@ def _backward(grad: Tensor, dtype: torch.dtype, needs: list[bool]) -> list[Tenso
     rows = _launch.rows(grad)
     samples, channels, space = rows.shape
     block_c, block_s = launch_table(channels, space, _launch.is_channels_last(rows))
-    programs = samples * triton.cdiv(channels, block_c)
-    steps = triton.cdiv(space, block_s)
+    programs = samples * _launch.cdiv(channels, block_c)
+    steps = _launch.cdiv(space, block_s)
     slices = slices_of_space(programs, steps, _launch.processors(grad))
     if slices == 1:
         _sum_over_space(d_emb, rows, 1, block_c, block_s)
@@ -131,8 +131,8 @@ def _backward(grad: Tensor, dtype: torch.dtype, needs: list[bool]) -> list[Tenso
 
 def _sum_over_space(sums: Tensor, rows: Tensor, slices: int, block_c: int, block_s: int) -> None:
     samples, channels, space = rows.shape
-    steps = triton.cdiv(triton.cdiv(space, block_s), slices)
-    _sum_over_space_kernel[(samples * triton.cdiv(channels, block_c) * slices,)](
+    steps = _launch.cdiv(_launch.cdiv(space, block_s), slices)
+    _sum_over_space_kernel[(samples * _launch.cdiv(channels, block_c) * slices,)](
         sums, rows, space, steps * block_s, *rows.stride(),
         C=channels, BLOCK_C=block_c, BLOCK_S=block_s, ACC=_launch.accumulator(rows),
     )  # fmt: skip
