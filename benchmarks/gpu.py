@@ -34,7 +34,8 @@ STEPS: dict[str, dict[str, list[str]]] = {
         ],
         "repeat": ["{python} {here}/repeat.py"],
         "sanitizer": [
-            f"compute-sanitizer --tool {tool} --error-exitcode 9 {{python}} {{here}}/repeat.py --once"
+            f"compute-sanitizer --tool {tool} --error-exitcode 9"
+            " {python} {here}/repeat.py --once"
             for tool in ("memcheck", "racecheck")
         ],
         "suite": [

@@ -47,14 +47,15 @@ def unets(folder: Path) -> str:
     lines.append("| --- | --- | --: | --: | --: | --: |")
     for path in sorted(folder.glob("unet-*.json")):
         found = json.loads(path.read_text())
+        model = path.stem.removeprefix("unet-")
         for name, row in found["variants"].items():
             if "us" not in row:
                 continue
             kernels = sum(k["count"] for k in found["kernels"].get(name, [])) or ""
             error = f"{row['rms_error']:.1e}" if "rms_error" in row else ""
             lines.append(
-                f"| {found['family']}, {found['batch']} | {name} | {row['us'] / 1e3:.2f} | {kernels} "
-                f"| {error} | {row['wall_us'] / 1e3:.1f} |"
+                f"| {model}, {found['batch']} | {name} | {row['us'] / 1e3:.2f} "
+                f"| {kernels} | {error} | {row['wall_us'] / 1e3:.1f} |"
             )
     return "\n".join(lines)
 
