@@ -94,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
 def run(name: str, command: str, out: Path, end: float) -> int:
     """The exit code; 124 if time ran out."""
     command = command.format(python=PYTHON, here=HERE, out=out)
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    ours = (HERE, HERE.parent / "tests" / "tools")
+    path = os.pathsep.join([*map(str, ours), os.environ.get("PYTHONPATH", "")])
     with open(out / f"{name}.log", "w") as log:
         job = subprocess.Popen(
             command, shell=True, stdout=log, stderr=subprocess.STDOUT, cwd=out,

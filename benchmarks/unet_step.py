@@ -2,7 +2,7 @@
 in NCHW and channels_last; how far from fp32 each is, and where its time goes by kernel.
 
 The time is that of replays of a CUDA graph, and beside it, for what is not compiled, the wall clock
-of plain calls.
+of plain calls. benchmarks/gpu.py runs it, with tests/tools on the path.
 """
 
 import argparse
@@ -20,32 +20,10 @@ from torch import Tensor, nn
 import fastunet
 import timing
 from fastunet.info import device_name
+from small_unets import PUBLISHED, SIZES
 
-# Beside diffusers' defaults, which are SD 1.5's. What it calls the head dim is the number of heads.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "small": {  # for a machine without a GPU
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 24,
-        "norm_num_groups": 8,
-        "attention_head_dim": 4,
-    },
-}
+# As diffusers is told of them; "small" is for a machine without a GPU.
+CONFIGS: dict[str, dict[str, Any]] = PUBLISHED | {"small": SIZES["sd15"][1]}
 SIDES = {"sd15": 64, "sdxl": 128, "small": 8}  # of the latent image
 
 
