@@ -47,7 +47,7 @@ from fastunet.kernels._operator import Operator
 from fastunet.kernels.attention_backward import backward, fake_backward
 
 # Told no limit, ptxas spills a few registers where one more program would then fit a processor.
-FP32_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
+FP32_OPTIONS = {} if torch.version.hip else {"maxnreg": 168}
 
 
 @triton.jit(do_not_specialize=["M"])

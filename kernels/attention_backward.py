@@ -55,7 +55,10 @@ def backward(
     acc, wide = _launch.accumulator(query), _launch.wide(query)
     delta = query.new_empty((batch, heads, queries), dtype=wide)
     d_query = query.new_empty(query.shape) if needs[0] else None
-    tile = _attention_d_query.launch_table(head_dim, query.element_size())
+    one_tile = statistics is None
+    tile = _attention_d_query.launch_table(
+        head_dim, query.element_size(), one_tile, _launch.is_hopper(query)
+    )
     grid = (batch * heads * _launch.cdiv(queries, tile.queries),)
     warps = fitting_warps(query, tile.queries, tile.num_warps)
     sizes = {"BLOCK_M": tile.queries, "num_warps": warps, "num_stages": tile.num_stages}
