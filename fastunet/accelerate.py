@@ -18,6 +18,7 @@ from fastunet import hosts
 from fastunet.hosts import Left, Swap
 
 _MARK = "_fastunet"
+COMPONENTS = ("unet", "controlnet", "vae")  # of a diffusers pipeline
 
 
 class _Plan:
@@ -77,19 +78,19 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Replace every known site of the model's U-Net by a fused one, in place.
+def accelerate(model: Any, *, strict: bool = False) -> Report:
+    """Replace every site of the model that is known by a fused one, in place.
 
     Args:
-        model: diffusers' UNet2DConditionModel, fastunet.models.unet_sd.UNet, or a module that holds
-            one. A model that is already accelerated stays so.
+        model: any nn.Module, or a pipeline of diffusers, of which the U-Net, the ControlNets and
+            the autoencoder are taken. What is already accelerated stays so.
         strict: raise if a site has to be left.
 
     Returns:
         What was replaced and what was left, also of an earlier call on the same model.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is neither.
         ValueError: ``strict`` and a site is left; the text is the report, and nothing was changed.
     """
     swaps, report = _survey(model)
@@ -102,20 +103,20 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     return report
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: Any) -> Report:
     """What :func:`accelerate` would do, or has done; changes nothing."""
     return _survey(model)[1]
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: Any) -> None:
     """Take :func:`accelerate` back: every module is of the class that it was.
 
     Raises:
         RuntimeError: a replaced module got another class since (a parametrization, FSDP) or a
             forward of its own (offloading), which would be lost; nothing was changed.
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is neither an nn.Module nor a pipeline.
     """
-    marked = list(_marked(model))
+    marked = _marked(model)
     for module in marked:
         if type(module) is not module.__dict__[_MARK].replacement:
             raise RuntimeError(f"undo first what made {type(module).__name__} of a replaced module")
@@ -125,9 +126,9 @@ def restore(model: nn.Module) -> None:
         module.__class__ = module.__dict__.pop(_MARK).original
 
 
-def is_accelerated(model: nn.Module) -> bool:
-    """Whether any module of the model is replaced."""
-    return any(True for _ in _marked(model))
+def is_accelerated(model: Any) -> bool:
+    """Whether any module of the model or pipeline is replaced."""
+    return bool(_marked(model))
 
 
 def partners(model: nn.Module, site: str) -> list[str]:
@@ -141,14 +142,12 @@ def partners(model: nn.Module, site: str) -> list[str]:
     return [name for name, plan in plans if plan is not None and plan.owner is owner]
 
 
-def _marked(model: nn.Module) -> Iterator[nn.Module]:
-    _require_module(model)
-    return (module for module in model.modules() if _MARK in module.__dict__)
+def _marked(model: Any) -> list[nn.Module]:
+    return [module for _, module in _named_modules(model) if _MARK in module.__dict__]
 
 
-def _survey(model: nn.Module) -> tuple[list[Swap], Report]:
-    _require_module(model)
-    found = [row for name, module in model.named_modules() for row in hosts.visit(name, module)]
+def _survey(model: Any) -> tuple[list[Swap], Report]:
+    found = [row for name, module in _named_modules(model) for row in hosts.visit(name, module)]
     swaps = [row for row in found if isinstance(row, Swap)]
     left = [row for row in found if isinstance(row, Left)]
     replaced = Counter(op for swap in swaps for op in swap.ops)
@@ -156,6 +155,15 @@ def _survey(model: nn.Module) -> tuple[list[Swap], Report]:
     return swaps, Report(dict(sorted(replaced.items())), left, sites)
 
 
-def _require_module(model: object) -> None:
+def _named_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once; those of a pipeline under the name of their component."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        parts = getattr(model, "components", None)
+        parts = parts if isinstance(parts, dict) else {}
+        parts = {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)}
+        if not parts:
+            kind = type(model).__name__
+            raise TypeError(f"model must be a torch.nn.Module or a pipeline with one, got {kind}")
+        model = nn.ModuleDict(parts)
+        return ((name, module) for name, module in model.named_modules() if name)
+    return model.named_modules()

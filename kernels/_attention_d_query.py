@@ -222,13 +222,14 @@ def _streaming_d_query_kernel(
         _store_tiles(d_query_ptr, m, M, HEADS * HEAD_DIM, d_query1, d_query2, HEAD_DIM, D1, D2)
 
 
-def launch_table(head_dim: int, itemsize: int, one_tile: bool, hopper: bool) -> Tile:
+def launch_table(head_dim: int, itemsize: int, one_tile: bool, capability: int) -> Tile:
     """Tiles that spill no register on sm_80 and sm_90. One tile of all keys ignores ``keys``."""
     if itemsize == 4:  # fp32 products run on the plain cores, operands in registers: small tiles
         size = 32 if head_dim <= 128 else 16  # rows of query and d_out are operands side by side
         return Tile(size, size, num_warps=8, num_stages=1)
     if head_dim <= 64:
         return Tile(128, 64, num_warps=8, num_stages=2)
-    # Heads padded to 128, and operands in registers but on Hopper: 64 rows would spill there.
-    queries = 32 if one_tile and not hopper else 64
+    # Heads padded to 128. Where operands of a product must be in registers, 64 rows would spill;
+    # wgmma and tcgen05 read shared memory, and take 64 rows or nothing.
+    queries = 64 if capability in (9, 10) or not one_tile else 32
     return Tile(queries, 64 if head_dim <= 128 else 32, num_warps=8, num_stages=2)

@@ -204,7 +204,7 @@ def fitting_warps(tensor: Tensor, rows: int, most: int) -> int:
     Four warps hold 64 rows there. Of more, Triton lets the next four read the rows after them, past
     the end of the tile in shared memory (seen on an H200, Triton 3.6: an illegal memory access).
     """
-    return min(most, rows // 16) if rows >= 64 and _launch.is_hopper(tensor) else most
+    return min(most, rows // 16) if rows >= 64 and _launch.capability(tensor) == 9 else most
 
 
 def streams(query: Tensor, key: Tensor, heads: int) -> bool:

@@ -217,9 +217,10 @@ def processors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index) if tensor.is_cuda else 1
 
 
-def is_hopper(tensor: Tensor) -> bool:
-    """Whether the tensor's GPU is an H100, an H200 or a kin of theirs (compute capability 9)."""
-    return tensor.is_cuda and not torch.version.hip and _capability(tensor.device.index)[0] == 9
+def capability(tensor: Tensor) -> int:
+    """Major compute capability of the tensor's NVIDIA GPU (9: an H100 or an H200), otherwise 0."""
+    nvidia = tensor.is_cuda and not torch.version.hip
+    return _capability(tensor.device.index)[0] if nvidia else 0
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def backward(
     d_query = query.new_empty(query.shape) if needs[0] else None
     one_tile = statistics is None
     tile = _attention_d_query.launch_table(
-        head_dim, query.element_size(), one_tile, _launch.is_hopper(query)
+        head_dim, query.element_size(), one_tile, _launch.capability(query)
     )
     grid = (batch * heads * _launch.cdiv(queries, tile.queries),)
     warps = fitting_warps(query, tile.queries, tile.num_warps)

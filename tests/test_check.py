@@ -121,8 +121,8 @@ def plant(monkeypatch, site_name, fault):
     for function in ("residual", "attend"):
         right = getattr(host, function)
 
-        def wrong(layer, *args, right=right):
-            result = right(layer, *args)
+        def wrong(layer, *args, right=right, **kwargs):
+            result = right(layer, *args, **kwargs)
             return fault(result) if getattr(layer, "planted", None) == site_name else result
 
         monkeypatch.setattr(host, function, wrong)
@@ -159,10 +159,10 @@ def test_a_fault_is_found_at_its_site(unet, monkeypatch, site, fault):
 def faulty_group_norm(monkeypatch, **change):
     right = kernels.group_norm
 
-    def wrong(x, num_groups, weight, bias, eps, *, shift, activation):
-        arguments = dict(eps=eps, shift=shift, activation=activation) | change
+    def wrong(x, num_groups, weight, bias, eps, **options):
+        arguments = {"eps": eps} | options | change
         if arguments["activation"] == "other":
-            arguments["activation"] = None if activation == "silu" else "silu"
+            arguments["activation"] = None if options["activation"] == "silu" else "silu"
         return right(x, num_groups, weight, bias, **arguments)
 
     monkeypatch.setattr(kernels, "group_norm", wrong)

@@ -4,7 +4,7 @@ A host file has one function, ``visit(name, module)``, that yields for one modul
 (:class:`Swap`) and what it recognises but leaves (:class:`Left`). It changes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -36,11 +36,29 @@ class Left:
     detail: str
 
 
-# Where a class comes from, by the start of its module's name -> the file that knows it.
-HOSTS = {
+Visit = Callable[[str, nn.Module], Iterator[Swap | Left]]
+
+# Start of the name of a class's module -> the file that knows the class, or its visit.
+HOSTS: dict[str, str | Visit] = {
     "fastunet.models.unet_sd": "fastunet.hosts.unet_sd",
     "diffusers.": "fastunet.hosts.diffusers",
+    "ldm.": "fastunet.hosts.ldm",
+    "sgm.": "fastunet.hosts.ldm",
+    "guided_diffusion.": "fastunet.hosts.ldm",
+    "improved_diffusion.": "fastunet.hosts.ldm",
+    "monai.": "fastunet.hosts.monai",
 }
+
+
+def register(prefix: str, visit: Visit) -> None:
+    """Let ``visit`` speak for the classes of every module whose name starts with ``prefix``.
+
+    Args:
+        prefix: of a module's name, such as "my_package.blocks".
+        visit: called with (name, module) of each module of such a class, or of a class derived from
+            one. It yields what it would swap and what it recognises but leaves; it changes nothing.
+    """
+    HOSTS[prefix] = visit
 
 
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
@@ -48,7 +66,9 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     for cls in type(module).__mro__:
         for prefix, host in HOSTS.items():
             if cls.__module__.startswith(prefix):
-                yield from import_module(host).visit(name, module)
+                yield from (import_module(host).visit if isinstance(host, str) else host)(
+                    name, module
+                )
                 return
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastunet.hosts import Left, Swap, join
@@ -17,7 +18,7 @@ class HeadNorm(nn.GroupNorm):
     """``conv_norm_out`` that computes ``conv_act`` too, as long as nothing stands in between."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return fused_norm(self, input, None, "silu" if head_is_fused(self) else None)
+        return fused_norm(self, input, activation="silu" if head_is_fused(self) else None)
 
 
 class HeadActivation(nn.SiLU):
@@ -58,12 +59,25 @@ def head(name: str, unet: Any, plain: type[nn.Module]) -> Iterator[Swap | Left]:
         yield Swap(join(name, "conv_act"), activation, HeadActivation, (), owner=unet)
 
 
-def norm(site: str, module: nn.Module) -> Iterator[Swap | Left]:
-    """A GroupNorm that no activation follows."""
-    if _free(module, nn.GroupNorm, GroupNorm):
-        yield Swap(site, module, GroupNorm, ("group_norm",))
+def transformer(
+    site: str, block: Any, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    """Its norm, which no activation follows; and the block itself, which keeps the layout."""
+    norm = block.norm
+    if _free(norm, nn.GroupNorm, GroupNorm):
+        yield Swap(join(site, "norm"), norm, GroupNorm, ("group_norm",))
     else:
-        yield Left(site, "not_plain", f"{type(module).__name__} has hooks or another class")
+        detail = f"{type(norm).__name__} has hooks or another class"
+        yield Left(join(site, "norm"), "not_plain", detail)
+    if type(block) in (plain, fused) and "forward" not in block.__dict__:
+        yield Swap(site, block, fused, ())
+
+
+def image(tokens: Tensor, like: Tensor) -> Tensor:
+    """tokens [N, T, C] -> [N, C, H, W], of the size and in the memory layout of ``like``."""
+    out = tokens.unflatten(1, like.shape[2:]).movedim(-1, 1)
+    channels_last = like.is_contiguous(memory_format=torch.channels_last)
+    return out if channels_last and not like.is_contiguous() else out.contiguous()
 
 
 def resnet(
@@ -82,8 +96,10 @@ def resnet(
             and _free(getattr(block, name), nn.GroupNorm, GroupNorm)
             for name in ("norm1", "norm2")
         }
-        norms = ("group_norm_silu",) * sum(fusable.values())
-        yield Swap(site, block, fused, (*norms, "time_embedding"))
+        ops = ("group_norm_silu",) * sum(fusable.values())
+        if block.time_emb_proj is not None:
+            ops += ("time_embedding",)
+        yield Swap(site, block, fused, ops)
         for name in (name for name, free in fusable.items() if not free):
             yield Left(join(site, name), "not_plain", "it or its SiLU has hooks or another class")
 
@@ -98,7 +114,13 @@ def attention(
     elif (extra := extra_part(layer)) is not None:
         yield Left(site, "attention_options", f"it computes more than attention: {extra}")
     else:
-        yield Swap(site, layer, fused, ("cross_attention" if is_cross else "self_attention",))
+        ops = ("cross_attention" if is_cross else "self_attention",)
+        norm = getattr(layer, "group_norm", None)  # of an attention layer that takes an image
+        if norm is not None and _free(norm, nn.GroupNorm, GroupNorm):
+            ops = ("group_norm", *ops)
+        elif norm is not None:
+            yield Left(join(site, "group_norm"), "not_plain", "it has hooks or another class")
+        yield Swap(site, layer, fused, ops)
 
 
 def geglu(

@@ -1,25 +1,38 @@
-"""Hugging Face diffusers: UNet2DConditionModel and the blocks that it is made of."""
+"""Hugging Face diffusers: the blocks that its U-Nets, ControlNets and autoencoders are made of."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    XFormersAttnProcessor,
+)
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastunet import kernels
-from fastunet.hosts import Left, Swap, _sites, join
+from fastunet.hosts import Left, Swap, _sites
 from fastunet.nn.attention import attend, extra_part
+from fastunet.nn.group_norm import normalize
 from fastunet.nn.resnet import residual, unlike_plain
+
+# Those that compute softmax(query key^T * scale + mask) value, and whether scale is the layer's.
+PROCESSORS = {AttnProcessor2_0: False, AttnProcessor: True, XFormersAttnProcessor: True}
+HEADS = (UNet2DConditionModel, UNet2DModel, Encoder, Decoder)  # owners of conv_norm_out
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or temb is None or unlike_plain(self) is not None:
-            return super().forward(input_tensor, temb, *args, **kwargs)
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kw: Any) -> Tensor:
+        unusual = args or kw or (temb is None) != (self.time_emb_proj is None)
+        if unusual or unlike_plain(self) is not None:
+            return super().forward(input_tensor, temb, *args, **kw)  # pyright: ignore
         return residual(self, input_tensor, temb)
 
 
@@ -29,16 +42,35 @@ class FusedAttention(Attention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
         **cross_attention_kwargs: Any,
     ) -> Tensor:
-        # A mask, an IP-Adapter or another processor may come later: diffusers computes those.
-        fused = attention_mask is None and not cross_attention_kwargs and hidden_states.ndim == 3
-        fused = fused and isinstance(encoder_hidden_states, (Tensor, type(None)))
-        if fused and why_not(self) is None:
-            return attend(self, hidden_states, encoder_hidden_states)
-        return super().forward(
-            hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
-        )
+        # An IP-Adapter (a tuple for the context) or another processor may come later.
+        context = encoder_hidden_states
+        fused = not cross_attention_kwargs and isinstance(context, (Tensor, type(None)))
+        fused = fused and hidden_states.ndim in (3, 4) and why_not(self) is None
+        if not fused:
+            if temb is not None:
+                cross_attention_kwargs["temb"] = temb
+            return super().forward(hidden_states, context, attention_mask, **cross_attention_kwargs)
+        tokens = hidden_states
+        if self.group_norm is not None:
+            image = tokens if tokens.ndim == 4 else tokens.mT
+            tokens = normalize(self.group_norm, image, tokens=True)
+        elif tokens.ndim == 4:
+            tokens = tokens.flatten(2).mT
+        if attention_mask is not None:
+            batch, keys, _ = (tokens if context is None else context).shape
+            attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
+            attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+        scale = self.scale if PROCESSORS[type(self.processor)] else None
+        out = attend(self, tokens, context, mask=attention_mask, scale=scale)
+        if hidden_states.ndim == 4:
+            out = _sites.image(out, hidden_states)
+        if self.residual_connection:
+            out = out + hidden_states
+        factor = self.rescale_output_factor
+        return out if factor == 1.0 else out / factor
 
 
 class FusedGEGLU(GEGLU):
@@ -49,9 +81,27 @@ class FusedGEGLU(GEGLU):
         return kernels.geglu(self.proj(hidden_states))
 
 
+class FusedTransformer2DModel(Transformer2DModel):
+    """Keeps the memory layout of its input, where diffusers' own returns NCHW."""
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
+        if self.use_linear_projection:
+            tokens = normalize(self.norm, hidden_states, tokens=True)
+            return self.proj_in(tokens), hidden_states.shape[1]
+        image = self.proj_in(normalize(self.norm, hidden_states))
+        return image.permute(0, 2, 3, 1).flatten(1, 2), image.shape[1]
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if self.use_linear_projection:
+            return _sites.image(self.proj_out(hidden_states), residual) + residual
+        return self.proj_out(_sites.image(hidden_states, residual)) + residual
+
+
 def why_not(attention: Attention) -> tuple[str, str] | None:
     """(reason code, detail) of what keeps the layer from the fused attention, or None."""
-    if type(attention.processor) is not AttnProcessor2_0:
+    if type(attention.processor) not in PROCESSORS:
         return "processor", f"its processor is {type(attention.processor).__name__}"
     extra = extra_part(attention)
     return None if extra is None else ("attention_options", f"it computes more: {extra}")
@@ -70,6 +120,7 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     elif isinstance(module, GEGLU):
         yield from _sites.geglu(name, module, GEGLU, FusedGEGLU)
     elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
-        yield from _sites.norm(join(name, "norm"), module.norm)
-    elif isinstance(module, UNet2DConditionModel):
-        yield from _sites.head(name, module, UNet2DConditionModel)
+        yield from _sites.transformer(name, module, Transformer2DModel, FusedTransformer2DModel)
+    elif isinstance(module, HEADS):
+        plain = next(head for head in HEADS if isinstance(module, head))
+        yield from _sites.head(name, module, plain)

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fastunet import kernels
-from fastunet.hosts import Left, Swap, _sites, join
+from fastunet.hosts import Left, Swap, _sites
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
+from fastunet.nn.group_norm import normalize
 from fastunet.nn.resnet import residual
 
 
@@ -26,6 +27,21 @@ class FusedGEGLU(unet_sd.GEGLU):
         return kernels.geglu(self.proj(x))
 
 
+class FusedTransformer(unet_sd.Transformer):
+    """Keeps the memory layout of its input."""
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.linear_projection:
+            tokens = self.proj_in(normalize(self.norm, x, tokens=True))
+        else:
+            tokens = self.proj_in(normalize(self.norm, x)).permute(0, 2, 3, 1).flatten(1, 2)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.linear_projection:
+            return _sites.image(self.proj_out(tokens), x) + x
+        return self.proj_out(_sites.image(tokens, x)) + x
+
+
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     if isinstance(module, unet_sd.ResnetBlock):
         yield from _sites.resnet(name, module, unet_sd.ResnetBlock, FusedResnetBlock)
@@ -35,6 +51,6 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     elif isinstance(module, unet_sd.GEGLU):
         yield from _sites.geglu(name, module, unet_sd.GEGLU, FusedGEGLU)
     elif isinstance(module, unet_sd.Transformer):
-        yield from _sites.norm(join(name, "norm"), module.norm)
+        yield from _sites.transformer(name, module, unet_sd.Transformer, FusedTransformer)
     elif isinstance(module, unet_sd.UNet):
         yield from _sites.head(name, module, unet_sd.UNet)

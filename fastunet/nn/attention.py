@@ -9,7 +9,7 @@ from typing_extensions import Self
 from fastunet import kernels
 
 # Parts of diffusers' Attention that change the result and that ours does not compute.
-EXTRAS = ("norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm", "added_kv_proj_dim")
+EXTRAS = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "added_kv_proj_dim")
 
 
 class FlashCrossAttention(nn.Module):
@@ -47,7 +47,7 @@ class FlashCrossAttention(nn.Module):
         for name in ("to_q", "to_k", "to_v", "to_out", "heads"):
             if getattr(attention, name, None) is None:
                 raise TypeError(f"attention must have {name}, {type(attention).__name__} has none")
-        extra = extra_part(attention)
+        extra = extra_part(attention) or _around(attention)
         if extra is not None:
             raise ValueError(f"attention must be plain, got {extra}")
         fused = cls(1, heads=1, head_dim=1)
@@ -65,32 +65,50 @@ class FlashCrossAttention(nn.Module):
         return attend(self, x, context)
 
 
-def attend(layer: Any, x: Tensor, context: Tensor | None) -> Tensor:
-    """Call the layer's projections around the fused attention."""
+def attend(
+    layer: Any,
+    x: Tensor,
+    context: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Call the layer's projections around the fused attention; mask and scale are those of
+    :func:`fastunet.kernels.attention`.
+    """
     tokens = x if context is None else context
     query, key, value = layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Autocast runs scaled_dot_product_attention in its own dtype, and so does what replaces it.
         dtype = torch.get_autocast_dtype(x.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
-    out = kernels.attention(query, key, value, layer.heads)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(dtype)
+    out = kernels.attention(query, key, value, layer.heads, mask=mask, scale=scale)
     for module in layer.to_out:
         out = module(out)
     return out
 
 
 def extra_part(attention: Any) -> str | None:
-    """What the layer computes beside plain attention, as text, or None."""
+    """What the layer computes inside attention beside softmax(query key^T) value, or None."""
     for name in EXTRAS:
         if getattr(attention, name, None) is not None:
             return f"{name}={getattr(attention, name)!r}"
+    width = getattr(attention, "inner_dim", None)
+    if getattr(attention, "inner_kv_dim", width) != width:
+        return f"inner_kv_dim={attention.inner_kv_dim} beside inner_dim={width}"
+    return None
+
+
+def _around(attention: Any) -> str | None:
+    """What the layer computes around attention, or None: a host's file may, this layer does not."""
+    if getattr(attention, "group_norm", None) is not None:
+        return f"group_norm={attention.group_norm!r}"
     if getattr(attention, "residual_connection", False):
         return "residual_connection=True"
     if getattr(attention, "rescale_output_factor", 1.0) != 1.0:
         return f"rescale_output_factor={attention.rescale_output_factor}"
     if getattr(attention, "scale_qk", True) is not True:
         return "scale_qk=False"
-    width = getattr(attention, "inner_dim", None)
-    if getattr(attention, "inner_kv_dim", width) != width:
-        return f"inner_kv_dim={attention.inner_kv_dim} beside inner_dim={width}"
     return None

@@ -35,7 +35,7 @@ class GroupNorm(nn.GroupNorm):
             raise ValueError(
                 f"input channels ({input.shape[1]}) must equal num_channels ({self.num_channels})"
             )
-        return fused_norm(self, input, shift, self.activation)
+        return fused_norm(self, input, shift=shift, activation=self.activation)
 
 
 class GroupNormSiLU(GroupNorm):
@@ -45,25 +45,50 @@ class GroupNormSiLU(GroupNorm):
 
 
 def normalize(
-    norm: nn.Module, x: Tensor, *, shift: Tensor | None = None, activation: str | None = None
+    norm: nn.Module,
+    x: Tensor,
+    *,
+    shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    activation: str | None = None,
+    tokens: bool = False,
 ) -> Tensor:
-    """act(norm(x + shift)): fused where ``norm`` is a plain GroupNorm, around it elsewhere."""
+    """act(scale_shift(norm(x + shift))), as image or tokens: fused where ``norm`` is a plain
+    GroupNorm, around it elsewhere; arguments are those of :func:`fastunet.kernels.group_norm`.
+    """
     if is_plain(norm, nn.GroupNorm) or is_plain(norm, GroupNorm):
-        return fused_norm(norm, x, shift, activation)
+        return fused_norm(
+            norm, x, shift=shift, scale_shift=scale_shift, activation=activation, tokens=tokens
+        )
     if shift is not None:
         x = kernels.add_time_embedding(x, shift)
     x = norm(x)
-    return F.silu(x) if activation == "silu" else x
+    if scale_shift is not None:
+        scale, offset = scale_shift.reshape(*scale_shift.shape, *[1] * (x.dim() - 2)).chunk(
+            2, dim=1
+        )
+        x = x * (1 + scale) + offset
+    x = F.silu(x) if activation == "silu" else x
+    return x.flatten(2).mT.contiguous() if tokens else x
 
 
 def fused_norm(
-    norm: nn.GroupNorm, x: Tensor, shift: Tensor | None, activation: str | None
+    norm: nn.GroupNorm,
+    x: Tensor,
+    *,
+    shift: Tensor | None = None,
+    scale_shift: Tensor | None = None,
+    activation: str | None = None,
+    tokens: bool = False,
 ) -> Tensor:
     weight, bias = norm.weight, norm.bias
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         # Autocast runs group_norm in fp32 on a GPU, and so does what replaces it.
         x = x.float()
-        weight, bias, shift = (t if t is None else t.float() for t in (weight, bias, shift))
+        weight, bias, shift, scale_shift = (
+            t if t is None else t.float() for t in (weight, bias, shift, scale_shift)
+        )
     return kernels.group_norm(
-        x, norm.num_groups, weight, bias, norm.eps, shift=shift, activation=activation
-    )
+        x, norm.num_groups, weight, bias, norm.eps,
+        shift=shift, scale_shift=scale_shift, activation=activation, tokens=tokens,
+    )  # fmt: skip

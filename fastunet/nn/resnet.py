@@ -8,6 +8,10 @@ from typing_extensions import Self
 from fastunet.nn._plain import is_plain
 from fastunet.nn.group_norm import normalize
 
+LAYERS = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
+RESAMPLERS = ("upsample", "downsample")  # of both ways through the block, where it has one
+OPTIONS = (*RESAMPLERS, "skip_time_act", "time_embedding_norm", "output_scale_factor")
+
 
 class ResnetBlock(nn.Module):
     """norm, SiLU, convolution; time embedding, norm, SiLU, dropout, convolution; plus the input.
@@ -52,57 +56,62 @@ class ResnetBlock(nn.Module):
 
     @classmethod
     def from_layer(cls, block: Any) -> Self:
-        """Share the layers of a plain residual block of diffusers or fastunet.models.
+        """Share the layers, and take the options, of a block of diffusers or fastunet.models.
 
         Raises:
             TypeError: the block lacks one of the layers.
             ValueError: the block computes something else (see :func:`unlike_plain`).
         """
-        names = ("norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity")
-        for name in names:
+        for name in LAYERS:
             if getattr(block, name, None) is None:
                 raise TypeError(f"block must have {name}, {type(block).__name__} has none")
         other = unlike_plain(block)
         if other is not None:
             raise ValueError(f"block must be plain, got {other[1]}")
         fused = cls(1, 1, 1, groups=1)
-        for name in (*names, "conv_shortcut"):
-            setattr(fused, name, getattr(block, name, None))
+        for name in (*LAYERS, "time_emb_proj", "conv_shortcut", *OPTIONS):
+            if hasattr(block, name):
+                setattr(fused, name, getattr(block, name))
         return fused.train(block.training)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [N, C_in, H, W], emb [N, E] -> [N, C_out, H, W]."""
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """x [N, C_in, H, W], emb [N, E] -> [N, C_out, H, W]; without time_emb_proj no emb."""
         return residual(self, x, emb)
 
 
-def residual(block: Any, x: Tensor, emb: Tensor) -> Tensor:
+def residual(block: Any, x: Tensor, emb: Tensor | None) -> Tensor:
     """The block's forward with both norms fused; every other layer is called as it is."""
     silu = is_plain(block.nonlinearity, nn.SiLU)
     activation = "silu" if silu else None
     h = normalize(block.norm1, x, activation=activation)
-    h = block.conv1(h if silu else block.nonlinearity(h))
-    shift = block.time_emb_proj(block.nonlinearity(emb))  # [N, C], or [1, C] for the whole batch
-    shift = shift.expand(len(h), -1)
-    h = normalize(block.norm2, h, shift=shift, activation=activation)
+    h = h if silu else block.nonlinearity(h)
+    for name in RESAMPLERS:
+        resample = getattr(block, name, None)
+        if resample is not None:
+            x, h = resample(x), resample(h)
+    h = block.conv1(h)
+    shift = scale_shift = None
+    if block.time_emb_proj is not None:
+        if emb is None:
+            raise ValueError("emb must be given to a block with time_emb_proj, got None")
+        if not getattr(block, "skip_time_act", False):
+            emb = block.nonlinearity(emb)
+        shift = block.time_emb_proj(emb).expand(len(h), -1)  # of [N, C], or [1, C] for the batch
+        if getattr(block, "time_embedding_norm", "default") == "scale_shift":
+            shift, scale_shift = None, shift
+    h = normalize(block.norm2, h, shift=shift, scale_shift=scale_shift, activation=activation)
     h = block.conv2(block.dropout(h if silu else block.nonlinearity(h)))
     if block.conv_shortcut is not None:
         x = block.conv_shortcut(x)
-    return x + h
+    factor = getattr(block, "output_scale_factor", 1.0)
+    return x + h if factor == 1.0 else (x + h) / factor
 
 
 def unlike_plain(block: Any) -> tuple[str, str] | None:
     """(reason code, detail) of what the block does beside :func:`residual`, or None."""
     if not isinstance(block.nonlinearity, nn.SiLU):
         return "activation", f"nonlinearity is {type(block.nonlinearity).__name__}, not SiLU"
-    if block.time_emb_proj is None:
-        return "no_time_embedding", "time_emb_proj is None"
-    if getattr(block, "time_embedding_norm", "default") != "default":
-        return "time_embedding_norm", f"time_embedding_norm is {block.time_embedding_norm!r}"
-    if getattr(block, "skip_time_act", False):
-        return "skip_time_act", "the time embedding is projected without its SiLU"
-    for name in ("upsample", "downsample"):
-        if getattr(block, name, None) is not None:
-            return "resample", f"{name} stands between the SiLU and the convolution"
-    if getattr(block, "output_scale_factor", 1.0) != 1.0:
-        return "output_scale_factor", f"output_scale_factor is {block.output_scale_factor}"
+    norm = getattr(block, "time_embedding_norm", "default")
+    if block.time_emb_proj is not None and norm not in ("default", "scale_shift"):
+        return "time_embedding_norm", f"time_embedding_norm is {norm!r}"
     return None

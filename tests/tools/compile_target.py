@@ -11,31 +11,18 @@ from collections.abc import Iterable, Iterator
 import torch
 import triton
 
-import gate
 import model_calls
 import offline
 from model_calls import Call
 
-FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
-RICHEST = ("shift silu", "skip silu")  # forms of group_norm that hold most in registers
+DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 
 
-def wanted(target: str) -> Iterator[Call]:
-    """Everything in fp16, and of the other dtypes what may differ from it.
-
-    The two targets that must not spill take all in fp16, and every op in fp32. A forward pass that
-    saves is the other one and the stores of a few statistics: there alone it is compiled too.
-    """
-    strict = target in gate.NEVER_SPILL
-    directions = model_calls.DIRECTIONS if strict else (model_calls.FORWARD, model_calls.BACKWARD)
+def wanted() -> Iterator[Call]:
+    """Every call of every op, in every direction and dtype."""
     for op in model_calls.OPS:
-        yield from model_calls.calls(op, directions, FP16)
-        others = ([FP32] if strict or op == "attention" else []) + [BF16] * (target == "sm_90")
-        for dtype in others:
-            for call in model_calls.calls(op, directions, dtype):
-                saves = call.direction == model_calls.SAVING
-                if op == "attention" or (call.form in ("", *RICHEST) and not saves):
-                    yield call
+        for dtype in DTYPES:
+            yield from model_calls.calls(op, dtype=dtype)
 
 
 def row(call: Call, kernel: str) -> str:
@@ -43,7 +30,7 @@ def row(call: Call, kernel: str) -> str:
     configuration = call.form
     if call.op == "attention":
         configuration += f" {call.sizes[1]}"
-    elif call.dtype != FP16:
+    elif call.dtype != torch.float16:
         configuration = ""
     direction = "backward" if call.direction == model_calls.BACKWARD else "forward"
     layout = ("nhwc" if call.channels_last else "nchw") if call.op in model_calls.IMAGES else ""
@@ -76,5 +63,5 @@ def variants(target: str, calls: Iterable[Call], cache: str | None = None) -> It
 if __name__ == "__main__":
     target, cache = sys.argv[1:]
     print(triton.__version__)
-    for variant in variants(target, wanted(target), cache):
+    for variant in variants(target, wanted(), cache):
         print(json.dumps(variant), flush=True)

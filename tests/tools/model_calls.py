@@ -37,7 +37,7 @@ def on(target: str, cache: str | None = None) -> Iterator[offline.Launches]:
         mock.patch(launch + "interpreted", lambda: True),
         mock.patch(launch + "_faithful", lambda: True),
         mock.patch(launch + "processors", lambda tensor: multiprocessors),
-        mock.patch(launch + "is_hopper", lambda tensor: target == "sm_90"),
+        mock.patch(launch + "capability", lambda tensor: offline.CAPABILITY.get(target, 0)),
         offline.target(target, cache) as launches,
     ):
         yield launches

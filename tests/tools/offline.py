@@ -56,6 +56,7 @@ TARGETS = {
     "gfx942": _hip("gfx942", 64, 304),  # MI300X
     "gfx950": _hip("gfx950", 160, 256),  # MI355X
 }
+CAPABILITY = {name: d.compile_target.arch // 10 for name, d in TARGETS.items() if name[:3] == "sm_"}
 SHARED_MEMORY_LIMIT = {name: device.shared_memory for name, device in TARGETS.items()}
 
 

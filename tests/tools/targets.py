@@ -35,8 +35,8 @@ nothing. Each cell is the worst of all its compiled variants:
     / bits of the widest load
 
 A matrix instruction is wgmma on sm_90, tcgen05.mma on sm_100, mfma on AMD and mma elsewhere. What a
-thread spills is stored and loaded again on NVIDIA, and is scratch memory on AMD. An empty cell is
-not compiled: bf16 on sm_90 alone, fp32 on sm_80, sm_90 and in attention.
+thread spills is stored and loaded again on NVIDIA, and is scratch memory on AMD. Of fp32 and bf16 a
+cell is the worst of all forms of a group_norm too.
 """
 
 

@@ -1,0 +1,207 @@
+"""diffusers' other models: every site fused, right, and taken back; and whole pipelines."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import diffusers_models
+import fastunet
+import small_unets
+from diffusers_models import CONFIGURATIONS, run
+from fastunet.kernels import recording, use_backend
+from fastunet.testing import compare, to_double
+
+# An attention layer over an image hands its projections a transposed view; ours are dense tokens,
+# which a CPU's matrix product sums in another order. Elsewhere the reference gives eager's bits.
+ROUNDED = ("ddpm", "resampled", "vae")
+KERNELS = {"group_norm_silu": "group_norm", "cross_attention": "attention"}
+KERNELS |= {"self_attention": "attention"}
+
+
+@pytest.fixture(autouse=True)
+def pytorch_backend():
+    with use_backend("torch"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def built():
+    models = {name: diffusers_models.build(name) for name in CONFIGURATIONS}
+    return lambda name: copy.deepcopy(models[name])
+
+
+def compare_all(ours, eager, args, name="output"):
+    """Every output of ``ours`` is within the rule, against eager in its dtype and in fp64."""
+    truths = run(copy.deepcopy(eager).double(), *to_double(args))
+    for row in zip(run(ours, *args), run(eager, *args), truths, strict=True):
+        row = compare(name, *row)
+        assert row.passed, row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_every_site_is_fused_and_restored(built, name):
+    model, args = built(name), diffusers_models.inputs(name)
+    expected = run(model, *args)
+    eager = copy.deepcopy(model)
+    report = fastunet.accelerate(model, strict=True)
+    with recording() as ran:
+        found = run(model, *args)
+    if name in ROUNDED:
+        compare_all(model, eager, args)
+    else:
+        assert all(map(torch.equal, found, expected))
+    sites = Counter(report.replaced)
+    sites.pop("time_embedding", None)  # it is a part of the norm after it
+    calls = Counter()
+    for op, count in sites.items():
+        calls[KERNELS.get(op, op)] += count
+    assert Counter(op for op, _ in ran) == calls
+    fastunet.restore(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in eager.modules()]
+    assert all(map(torch.equal, run(model, *args), expected))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_gradients_are_as_close_to_the_truth_as_eagers(built, name):
+    eager = built(name)
+    ours, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
+    fastunet.accelerate(ours)
+    args = diffusers_models.inputs(name)
+    grads = []
+    for model, inputs in ((ours, args), (eager, args), (exact, to_double(args))):
+        torch.manual_seed(2)
+        sum((out * torch.randn(out.shape).to(out)).sum() for out in run(model, *inputs)).backward()
+        grads.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    assert compare("gradients", *grads).passed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resampled", "vae", "controlnet"])
+def test_the_kernels_are_as_close_to_the_truth_as_eager(built, name, device):
+    """check() runs every site: scale and shift, no time embedding, tokens of an image."""
+    model = built(name).to(device)
+    args = [arg.to(device) for arg in diffusers_models.inputs(name, batch=1, side=4)]
+    report = fastunet.accelerate(model)
+    with use_backend("triton"):
+        parity = fastunet.check(model, *args)
+    assert parity.passed, f"\n{parity}"
+    assert {row.name for row in parity.rows} >= set(report.sites)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits(built, dtype):
+    for name in ("sd21", "vae"):
+        eager = built(name).to(dtype)
+        ours = copy.deepcopy(eager)
+        fastunet.accelerate(ours)
+        args = [a.to(dtype) if a.is_floating_point() else a for a in diffusers_models.inputs(name)]
+        compare_all(ours, eager, args, name)
+
+
+# The memory layout.
+
+
+class LayoutFlips(TorchDispatchMode):
+    """Counts the copies that turn an image of more than one pixel from NHWC to NCHW or back."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default or func is torch.ops.aten._to_copy.default:
+            before, after = layout(args[0]), layout(result)
+            self.count += None not in (before, after) and before != after
+        return result
+
+
+def layout(tensor):
+    nchw = tensor.is_contiguous()
+    nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return None if tensor.ndim != 4 or nchw == nhwc else "nchw" if nchw else "nhwc"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("host", ["diffusers", "fastunet"])
+@pytest.mark.parametrize("family, flips", [("sd15", 4), ("sdxl", 4)])
+def test_channels_last_is_kept_through_the_transformers(host, family, flips):
+    model = small_unets.small(host, family).to(memory_format=torch.channels_last)
+    args, kwargs = small_unets.make_inputs(host, family)
+    args = (args[0].to(memory_format=torch.channels_last), *args[1:])
+    eager = copy.deepcopy(model)
+    fastunet.accelerate(model)
+    counts, results, kept = [], [], []
+    kind = type(model.mid_block.attentions[0]).__mro__[1]  # the host's own class
+    for each in (eager, model):
+        for module in each.modules():
+            if isinstance(module, kind):
+                module.register_forward_hook(lambda m, i, out: kept.append(layout(first(out))))
+        with LayoutFlips() as mode:
+            results.append(small_unets.run(each, *args, **kwargs))
+        counts.append(mode.count)
+    assert counts == [flips, 0]
+    assert kept[len(kept) // 2 :] == ["nhwc"] * (len(kept) // 2)
+    truth = small_unets.run(eager.double(), *to_double(args), **to_double(kwargs))
+    assert compare("output", results[1], results[0], truth).passed
+
+
+def first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+# Pipelines.
+
+
+@pytest.fixture
+def pipeline(built):
+    unet = small_unets.small("diffusers")
+    pipe = StableDiffusionControlNetPipeline(
+        vae=built("vae"), text_encoder=None, tokenizer=None, unet=unet,
+        controlnet=built("controlnet"), scheduler=DDIMScheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe):
+    context = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(3))
+    return pipe(
+        image=torch.zeros(1, 3, 8, 8), prompt_embeds=context, negative_prompt_embeds=-context,
+        num_inference_steps=2, generator=torch.Generator().manual_seed(4), output_type="pt",
+    ).images  # fmt: skip
+
+
+def test_a_whole_pipeline(pipeline):
+    expected = draw(pipeline)
+    report = fastunet.accelerate(pipeline, strict=True)
+    assert fastunet.is_accelerated(pipeline) and fastunet.is_accelerated(pipeline.vae)
+    assert {site.partition(".")[0] for site in report.sites} == {"unet", "controlnet", "vae"}
+    parts = (pipeline.unet, pipeline.controlnet, pipeline.vae)
+    each = sum((Counter(fastunet.explain(part).replaced) for part in parts), Counter())
+    assert report.replaced == dict(each) and fastunet.explain(pipeline) == report
+    with recording() as ran:
+        found = draw(pipeline)
+    assert len(ran) > 2 * len(report.sites)
+    torch.testing.assert_close(found, expected)  # the decoder's attention rounds elsewhere
+    fastunet.restore(pipeline)
+    assert not fastunet.is_accelerated(pipeline)
+    assert torch.equal(draw(pipeline), expected)
+
+
+def test_a_pipeline_without_a_known_component_is_refused():
+    class Other:
+        components = {"text_encoder": nn.Linear(2, 2)}
+
+    with pytest.raises(TypeError, match="or a pipeline with one, got Other"):
+        fastunet.accelerate(Other())
