@@ -26,9 +26,8 @@ class Swap:
 class Left:
     """A site that was recognised and not replaced: a machine-readable reason, and its sentence.
 
-    Reasons: activation (not SiLU), attention_options, instance_forward, no_time_embedding,
-    not_plain (hooks, another class), output_scale_factor, processor, resample, skip_time_act,
-    subclass, time_embedding_norm.
+    Reasons: activation (not SiLU), attention_options, instance_forward, not_plain (hooks, another
+    class), processor, subclass, time_embedding_norm.
     """
 
     site: str

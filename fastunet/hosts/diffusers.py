@@ -66,7 +66,7 @@ class FusedAttention(Attention):
         scale = self.scale if PROCESSORS[type(self.processor)] else None
         out = attend(self, tokens, context, mask=attention_mask, scale=scale)
         if hidden_states.ndim == 4:
-            out = _sites.image(out, hidden_states)
+            out = out.mT.reshape(hidden_states.shape)  # channels_last, as diffusers leaves it
         if self.residual_connection:
             out = out + hidden_states
         factor = self.rescale_output_factor

@@ -35,6 +35,14 @@ def built():
     return lambda name: copy.deepcopy(models[name])
 
 
+def to(dtype, value):
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: to(dtype, item) for key, item in value.items()}
+    return tuple(to(dtype, item) for item in value)
+
+
 def compare_all(ours, eager, args, name="output"):
     """Every output of ``ours`` is within the rule, against eager in its dtype and in fp64."""
     truths = run(copy.deepcopy(eager).double(), *to_double(args))
@@ -67,12 +75,17 @@ def test_every_site_is_fused_and_restored(built, name):
     assert all(map(torch.equal, run(model, *args), expected))
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_gradients_are_as_close_to_the_truth_as_eagers(built, name):
-    eager = built(name)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.float32) for name in CONFIGURATIONS]
+    + [("sd21", torch.float16), ("sd21", torch.bfloat16), ("resampled", torch.bfloat16)],
+    ids=str,
+)
+def test_gradients_are_as_close_to_the_truth_as_eagers(built, name, dtype):
+    eager = built(name).to(dtype)
     ours, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     fastunet.accelerate(ours)
-    args = diffusers_models.inputs(name)
+    args = to(dtype, diffusers_models.inputs(name))
     grads = []
     for model, inputs in ((ours, args), (eager, args), (exact, to_double(args))):
         torch.manual_seed(2)
@@ -103,7 +116,7 @@ def test_16_bits(built, dtype):
         eager = built(name).to(dtype)
         ours = copy.deepcopy(eager)
         fastunet.accelerate(ours)
-        args = [a.to(dtype) if a.is_floating_point() else a for a in diffusers_models.inputs(name)]
+        args = to(dtype, diffusers_models.inputs(name))
         compare_all(ours, eager, args, name)
 
 

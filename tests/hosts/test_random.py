@@ -1,0 +1,47 @@
+"""500 random configurations of every host: accelerated, run, restored, and run again."""
+
+import copy
+
+import pytest
+import torch
+
+import fastunet
+import random_hosts
+from fastunet.kernels import recording, use_backend
+from fastunet.testing import compare
+
+PARTS, EACH = 10, 50
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_configurations(part):
+    replaced = 0
+    for seed in range(part * EACH, (part + 1) * EACH):
+        host = random_hosts.draw(seed)
+        with use_backend("torch"), torch.no_grad():
+            replaced += accelerate_and_restore(host)
+    assert replaced > EACH  # sites: the configurations are not all left
+
+
+def accelerate_and_restore(host):
+    model = host.model
+    classes = [type(module) for module in model.modules()]
+    eager, keys = copy.deepcopy(model), list(model.state_dict())
+    expected = host.call(model)
+    report = fastunet.accelerate(model)
+    with recording() as ran:
+        found = host.call(model)
+    assert bool(ran) == bool(report.sites), (host.options, report)
+    if not torch.equal(found, expected):  # the order of a sum: held to the parity rule
+        for module in eager.modules():
+            if hasattr(module, "upcast_attention"):
+                module.upcast_attention = False  # to fp32, whatever the dtype
+        truth, images = copy.deepcopy(eager).double(), range(8)  # of one image few values differ
+        results = ([host.call(each, i) for i in images] for each in (model, eager, truth))
+        row = compare("output", *map(torch.cat, results))
+        assert row.passed, (row, host.options, report)
+    fastunet.restore(model)
+    assert [type(module) for module in model.modules()] == classes, host.options
+    assert list(model.state_dict()) == keys, host.options
+    assert torch.equal(host.call(model), expected), host.options
+    return len(report.sites)
