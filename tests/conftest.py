@@ -31,8 +31,7 @@ elif not HAS_GPU:
 if INTERPRETING:
     interpreter.make_faithful()
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # eager's sums, and so its errors, depend on the number of threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

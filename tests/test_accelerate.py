@@ -683,7 +683,6 @@ class ImagePrompt:
 PROCESSORS = {
     "SlicedAttnProcessor": lambda unet: unet.set_attn_processor(SlicedAttnProcessor(2)),
     "ImagePrompt": lambda unet: unet.set_attn_processor(ImagePrompt()),
-    "FusedAttnProcessor2_0": lambda unet: unet.fuse_qkv_projections(),
     "slices": lambda unet: unet.set_attention_slice("max"),
 }
 
@@ -702,10 +701,27 @@ def test_another_attention_processor_takes_effect(built, change, when):
     assert [row.reason for row in report.left] == ["processor"] * 8
     name = "SlicedAttnProcessor" if change == "slices" else change
     assert {row.detail for row in report.left} == {f"its processor is {name}"}
-    if change == "FusedAttnProcessor2_0":
-        model.unfuse_qkv_projections()
-        assert fastunet.accelerate(model).left == []
-        assert torch.equal(output(model), output(built("diffusers")))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_merged_projections_stay_fused(built, when):
+    eager, model = built("diffusers"), built("diffusers")
+    separate = output(eager)
+    if when == "after":
+        fastunet.accelerate(model)
+    for each in (eager, model):
+        each.fuse_qkv_projections()
+        for layer in (m for m in each.modules() if isinstance(m, Attention)):
+            layer.to_q.weight.data += 0.1  # which of them is read? to_q is merged in attn1 alone
+            layer.to_k.weight.data += 0.1
+    fastunet.accelerate(model, strict=True)
+    with recording() as ran:
+        assert torch.equal(output(model), output(eager))
+    assert Counter(op for op, _ in ran)["attention"] == 8
+    for each in (eager, model):
+        each.unfuse_qkv_projections()
+    assert torch.equal(output(model), output(eager))
+    assert not torch.equal(output(model), separate)
 
 
 @torch.no_grad()

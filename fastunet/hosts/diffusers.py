@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
+    FusedAttnProcessor2_0,
     XFormersAttnProcessor,
 )
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -23,8 +24,10 @@ from fastunet.nn.attention import attend, extra_part
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.resnet import residual, unlike_plain
 
-# Those that compute softmax(query key^T * scale + mask) value, and whether scale is the layer's.
-PROCESSORS = {AttnProcessor2_0: False, AttnProcessor: True, XFormersAttnProcessor: True}
+# Those that compute softmax(query key^T * scale + mask) value: some with the layer's own scale, one
+# with the projections that fuse_qkv_projections() merged.
+SCALED, MERGED = (AttnProcessor, XFormersAttnProcessor), FusedAttnProcessor2_0
+PROCESSORS = (AttnProcessor2_0, MERGED, *SCALED)
 HEADS = (UNet2DConditionModel, UNet2DModel, Encoder, Decoder)  # owners of conv_norm_out
 
 
@@ -63,8 +66,11 @@ class FusedAttention(Attention):
             batch, keys, _ = (tokens if context is None else context).shape
             attention_mask = self.prepare_attention_mask(attention_mask, keys, batch)
             attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
-        scale = self.scale if PROCESSORS[type(self.processor)] else None
-        out = attend(self, tokens, context, mask=attention_mask, scale=scale)
+        processor = type(self.processor)
+        out = attend(
+            self, tokens, context, mask=attention_mask,
+            scale=self.scale if processor in SCALED else None, merged=processor is MERGED,
+        )  # fmt: skip
         if hidden_states.ndim == 4:
             out = out.mT.reshape(hidden_states.shape)  # channels_last, as diffusers leaves it
         if self.residual_connection:

@@ -72,12 +72,18 @@ def attend(
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
+    merged: bool = False,
 ) -> Tensor:
     """Call the layer's projections around the fused attention; mask and scale are those of
-    :func:`fastunet.kernels.attention`.
+    :func:`fastunet.kernels.attention`, ``merged`` takes to_qkv and to_kv for to_q, to_k, to_v.
     """
     tokens = x if context is None else context
-    query, key, value = layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)
+    if not merged:
+        query, key, value = layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)
+    elif context is None:
+        query, key, value = layer.to_qkv(x).chunk(3, dim=-1)
+    else:
+        query, (key, value) = layer.to_q(x), layer.to_kv(context).chunk(2, dim=-1)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         # Autocast runs scaled_dot_product_attention in its own dtype, and so does what replaces it.
         dtype = torch.get_autocast_dtype(x.device.type)
