@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -116,6 +116,8 @@ def why_not(attention: Attention) -> tuple[str, str] | None:
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     if isinstance(module, ResnetBlock2D):
         yield from _sites.resnet(name, module, ResnetBlock2D, FusedResnetBlock2D)
+    elif isinstance(module, ResnetBlockCondNorm2D):
+        yield Left(name, "conditional_norm", "its norms read the time embedding themselves")
     elif isinstance(module, Attention):
         reason = why_not(module)
         if reason is not None:

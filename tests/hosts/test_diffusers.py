@@ -6,6 +6,9 @@ from collections import Counter
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+from diffusers.models.activations import FP32SiLU
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +121,55 @@ def test_16_bits(built, dtype):
         fastunet.accelerate(ours)
         args = to(dtype, diffusers_models.inputs(name))
         compare_all(ours, eager, args, name)
+
+
+# What looks like a site and is none, or is called in another way.
+
+
+@torch.no_grad()
+def test_norms_that_read_the_time_embedding_are_left():
+    decoder = Decoder(
+        block_out_channels=(32, 32), up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=32,
+        layers_per_block=1, norm_type="spatial",
+    )  # fmt: skip
+    sample, embedding = torch.randn(2, 1, 3, 4, 4)
+    expected = decoder(sample, embedding)
+    reasons = Counter(row.reason for row in fastunet.accelerate(decoder).left)
+    assert reasons == {"conditional_norm": 6, "attention_options": 1, "not_plain": 1}
+    assert torch.equal(decoder(sample, embedding), expected)
+
+
+@torch.no_grad()
+def test_the_deprecated_scale_of_a_block_is_diffusers_own_business():
+    block = ResnetBlock2D(in_channels=8, temb_channels=12, groups=4)
+    x, emb = torch.randn(1, 8, 4, 4), torch.randn(1, 12)
+    expected = block(x, emb)
+    fastunet.accelerate(block)
+    for args, kwargs in (((0.5,), {}), ((), {"scale": 0.5})):
+        with (
+            pytest.warns(FutureWarning, match="`scale` argument is deprecated"),
+            recording() as ran,
+        ):
+            assert torch.equal(block(x, emb, *args, **kwargs), expected)
+        assert ran == []
+
+
+@torch.no_grad()
+def test_an_activation_in_fp32_is_not_taken_for_silu():
+    block = ResnetBlock2D(in_channels=8, temb_channels=12, groups=4)
+    block.nonlinearity = FP32SiLU()
+    assert [row.reason for row in fastunet.accelerate(block).left] == ["activation"]
+
+
+@torch.no_grad()
+def test_a_unet_without_a_norm_at_its_end(built):
+    """diffusers sets both to None where a configuration has no norm_num_groups."""
+    unet, args = built("sd21"), diffusers_models.inputs("sd21")
+    unet.conv_norm_out = unet.conv_act = None
+    expected = run(unet, *args)
+    report = fastunet.accelerate(unet, strict=True)
+    assert report.replaced["group_norm_silu"] == 16
+    assert all(map(torch.equal, run(unet, *args), expected))
 
 
 # The memory layout.
