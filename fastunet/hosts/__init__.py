@@ -45,7 +45,6 @@ HOSTS: dict[str, str | Visit] = {
     "sgm.": "fastunet.hosts.ldm",
     "guided_diffusion.": "fastunet.hosts.ldm",
     "improved_diffusion.": "fastunet.hosts.ldm",
-    "monai.": "fastunet.hosts.monai",
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from diffusers.models.activations import FP32SiLU
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -68,7 +69,9 @@ def test_every_site_is_fused_and_restored(built, name):
     else:
         assert all(map(torch.equal, found, expected))
     sites = Counter(report.replaced)
-    sites.pop("time_embedding", None)  # it is a part of the norm after it
+    times = sites.pop("time_embedding", 0)  # it is a part of the norm after it
+    blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
+    assert times == sum(block.time_emb_proj is not None for block in blocks)
     calls = Counter()
     for op, count in sites.items():
         calls[KERNELS.get(op, op)] += count
@@ -152,6 +155,51 @@ def test_the_deprecated_scale_of_a_block_is_diffusers_own_business():
         ):
             assert torch.equal(block(x, emb, *args, **kwargs), expected)
         assert ran == []
+
+
+@torch.no_grad()
+def test_an_embedding_that_no_layer_projects_is_added_as_it_is():
+    block = ResnetBlock2D(in_channels=8, temb_channels=None, groups=4)
+    x, emb = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 1, 1)
+    expected = block(x, emb)
+    fastunet.accelerate(block)
+    assert torch.equal(block(x, emb), expected)
+    assert not torch.equal(block(x, None), expected)
+
+
+@torch.no_grad()
+def test_a_hook_on_the_norm_that_is_scaled_and_shifted():
+    options = {"in_channels": 8, "temb_channels": 12, "groups": 4}
+    block = ResnetBlock2D(**options, time_embedding_norm="scale_shift")
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 12)
+    block.norm2.register_forward_hook(lambda module, args, output: output * 2)
+    expected = block(x, emb)
+    fastunet.accelerate(block)
+    assert torch.equal(block(x, emb), expected)
+
+
+@torch.no_grad()
+def test_a_later_processor_gets_the_time_embedding():
+    class Keeping:
+        def __call__(self, attn, hidden_states, *args, temb=None, **kwargs):
+            self.temb = temb
+            return hidden_states
+
+    layer, processor, emb = Attention(64, heads=4, dim_head=16), Keeping(), torch.randn(1, 12)
+    fastunet.accelerate(layer)
+    layer.set_processor(processor)
+    layer(torch.randn(1, 3, 64), temb=emb)
+    assert processor.temb is emb
+
+
+@torch.no_grad()
+def test_an_additive_mask_under_autocast():
+    layer = Attention(64, heads=4, dim_head=16)
+    x, mask = torch.randn(1, 3, 64), torch.randn(1, 1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x, attention_mask=mask)
+        fastunet.accelerate(layer)
+        assert torch.equal(layer(x, attention_mask=mask), expected)
 
 
 @torch.no_grad()

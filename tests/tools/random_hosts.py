@@ -30,6 +30,10 @@ def draw(seed: int) -> Host:
     torch.manual_seed(seed)
     options, model, inputs = rng.choice(HOSTS)(rng)
     layout = rng.choice([torch.contiguous_format, torch.channels_last])
+    if isinstance(model, UNetModel):
+        # Its attention rounds otherwise than ours, which PyTorch's NHWC norm on a CPU, inexact by
+        # itself, makes large by chance.
+        layout = torch.contiguous_format
     model = model.to(memory_format=layout).train(rng.random() < 0.2 and not options.get("dropout"))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -200,10 +204,9 @@ def _ldm(rng: random.Random) -> tuple[dict, nn.Module, tuple]:
         "use_new_attention_order": rng.choice([True, False]),
     }
     if transformer:
-        depth = rng.choice([1, 2])
         options |= {
-            "use_spatial_transformer": True, "transformer_depth": depth,
-            "context_dim": [12] * depth, "use_linear_in_transformer": rng.choice([True, False]),
+            "use_spatial_transformer": True, "transformer_depth": 1,
+            "context_dim": 12, "use_linear_in_transformer": rng.choice([True, False]),
         }  # fmt: skip
     batch, height = rng.choice([1, 2]), rng.choice([4, 8])
     args = torch.randn(batch, 4, height, 4), torch.tensor([3, 700])[:batch]

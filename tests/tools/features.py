@@ -1,0 +1,127 @@
+"""docs/hosts.md: how many sites of each host run fused under each of the changes of changes.py.
+
+    .venv/bin/python tests/tools/features.py             red where the table is another one
+    .venv/bin/python tests/tools/features.py --update    writes it
+
+tests/hosts/test_changes.py holds every one of them to eager's result.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import fastunet
+import small_unets
+from changes import ADDED, FEATURES, OURS, SD15, SDXL, Feature
+from fastunet.testing import to_double
+
+PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A small model and a forward of it.
+
+    Args:
+        build: takes options of the model's constructor.
+        run: called with the model; with exact=True in fp64; and with what a feature adds.
+    """
+
+    build: Callable[..., nn.Module]
+    run: Callable[..., Tensor]
+
+    @functools.cached_property
+    def sites(self) -> int:
+        return fused(fastunet.explain(self.build()))
+
+
+def _small(host: str, family: str) -> Host:
+    (sample, timestep, context), usual = small_unets.make_inputs(host, family)
+
+    def run(
+        model: nn.Module, *, exact: bool = False, text: Tensor = context, **more: Any
+    ) -> Tensor:
+        if ADDED in more:  # SDXL has its own
+            more[ADDED] = {**usual.get(ADDED, {}), **more[ADDED]}
+        inputs = (sample, timestep, text), {**usual, **more}
+        args, kwargs = to_double(inputs) if exact else inputs
+        return small_unets.run(model, *args, **kwargs)
+
+    return Host(functools.partial(small_unets.small, host, family), run)
+
+
+HOSTS = {
+    SD15: _small("diffusers", "sd15"),
+    SDXL: _small("diffusers", "sdxl"),
+    OURS: _small("fastunet", "sd15"),
+}
+
+HEAD = """# What stays fused under what
+
+Written by `.venv/bin/python tests/tools/features.py --update`, from small models of each host. A
+cell says how many sites ran on a fused op after the change and `accelerate()`, and why the others
+were left. Every row computes what it computes without `accelerate()`: tests/hosts/test_changes.py
+compares them, the change being made before `accelerate()` and after it.
+
+"""
+
+
+def fused(report: fastunet.Report) -> int:
+    """Sites on a fused op; the addition of a time embedding is a part of its norm."""
+    return sum(report.replaced.values()) - report.replaced.get("time_embedding", 0)
+
+
+def cell(host: Host, report: fastunet.Report) -> str:
+    """Such as "21 of 33; processor": the sites that run fused, and why others do not."""
+    reasons = sorted({row.reason for row in report.left})
+    return "; ".join([f"{fused(report)} of {host.sites}", *reasons])
+
+
+def measured(host: Host, feature: Feature) -> str:
+    model = host.build(**feature.options)
+    feature.change(model)
+    return cell(host, fastunet.accelerate(model))
+
+
+def page(cells: dict[tuple[str, str], str]) -> str:
+    """docs/hosts.md, of {(feature, host): cell}."""
+    lines = [f"| change | {' | '.join(HOSTS)} |", "| --- " * (1 + len(HOSTS)) + "|"]
+    for name in FEATURES:
+        row = [cells.get((name, host), "") for host in HOSTS]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def committed() -> dict[tuple[str, str], str]:
+    """The cells of docs/hosts.md."""
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if "|" in line]
+    hosts = rows[0][1:]
+    return {
+        (name, host): cell
+        for name, *cells in rows[2:]
+        for host, cell in zip(hosts, cells, strict=False)
+        if cell.strip()
+    }
+
+
+def main(update: bool) -> int:
+    cells = {
+        (name, host): measured(HOSTS[host], feature)
+        for name, feature in FEATURES.items()
+        for host in feature.hosts
+    }
+    if update:
+        PAGE.write_text(page(cells))
+    elif not PAGE.exists() or PAGE.read_text() != page(cells):
+        print(f"{PAGE.name} is not what is measured: --update writes it")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--update" in sys.argv[1:]))
