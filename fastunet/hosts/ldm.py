@@ -165,7 +165,7 @@ def _block(
     yield Swap(name, module, subclass(fused, own), ops)
 
 
-def _out(name: str, out: nn.Module) -> Iterator[Swap | Left]:
+def _out(name: str, out: Any) -> Iterator[Swap | Left]:
     plain = is_plain(out, nn.Sequential) or is_plain(out, FusedOut)
     if plain and len(out) > 1 and _is_norm(out[0]) and _is_silu(out[1]):
         yield Swap(name, out, FusedOut, ("group_norm_silu",))
@@ -197,11 +197,14 @@ def _norm(norm: Any, x: Tensor, activation: Any, **options: Any) -> Tensor:
 
 def _is_norm(module: object) -> bool:
     """A GroupNorm, or GroupNorm32: that one in fp32, as ours is inside, with a result as its x."""
+    if not isinstance(module, nn.GroupNorm):
+        return False
     known = type(module) is nn.GroupNorm or type(module).__name__ == "GroupNorm32"
-    return known and isinstance(module, nn.GroupNorm) and is_plain(module, type(module))
+    return known and is_plain(module, type(module))
 
 
 def _is_silu(module: object) -> bool:
     """PyTorch's SiLU, or the class of that name in guided-diffusion."""
-    named = type(module).__name__ == "SiLU" and isinstance(module, nn.Module)
-    return named and is_plain(module, type(module))
+    if not isinstance(module, nn.Module):
+        return False
+    return type(module).__name__ == "SiLU" and is_plain(module, type(module))

@@ -11,6 +11,11 @@ from exact import exact
 from fastunet.kernels import recording, use_backend
 from fastunet.testing import compare
 
+# ldm's gradient checkpointing asks PyTorch by names that are deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.cuda.amp.autocast:FutureWarning"),
+]
 PARTS, EACH = 10, 50
 
 
