@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def exact(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).double()
     for module in list(model.modules()):
-        if hasattr(module, "upcast_attention"):
+        if "upcast_attention" in module.__dict__:  # not a model's config
             module.upcast_attention = False
         kind = type(module).__name__
         if kind == "GroupNorm32":
