@@ -1,4 +1,4 @@
-"""CompVis ldm, Stability's sgm, OpenAI's guided-diffusion: one family of blocks.
+"""CompVis ldm, Stability's sgm, OpenAI's guided- and improved-diffusion: one family of blocks.
 
 Each package has its own copy of the classes, so they are known by name, and a fused class is made
 for whichever copy a model was built of. None of the packages is imported here.
@@ -13,22 +13,24 @@ from torch import Tensor, nn
 
 from fastunet import kernels
 from fastunet.hosts import Left, Swap, join
-from fastunet.hosts._subclass import subclass
+from fastunet.hosts._subclass import Subclass, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn._plain import is_plain
 from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import fused_norm, normalize
+
+PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
 
 
 class FusedResBlock:
     """For ``ResBlock``. Its forward, which may checkpoint, calls ``_forward``."""
 
     def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
-        if unlike_resblock(self) is not None:
+        if unlike_res_block(self) is not None:
             return super()._forward(x, emb)  # pyright: ignore[reportAttributeAccessIssue]
         norm, activation, conv = self.in_layers
         h = _norm(norm, x, activation)
-        if self.updown:
+        if getattr(self, "updown", False):  # improved-diffusion has none
             h, x = self.h_upd(h), self.x_upd(x)
         h = conv(h)
         shift = self.emb_layers(emb).type(h.dtype).expand(len(h), -1)  # [N, C], or [N, 2 C]
@@ -42,6 +44,21 @@ class FusedResBlock:
         return self.skip_connection(x) + h
 
 
+def unlike_res_block(block: Any) -> tuple[str, str] | None:
+    """(reason code, detail) of what the block does beside FusedResBlock, or None."""
+    for option in ("skip_t_emb", "exchange_temb_dims"):  # of sgm
+        if getattr(block, option, False):
+            return "time_embedding_norm", f"{option} is True"
+    for layers in (block.in_layers, block.out_layers):
+        if not is_plain(layers, nn.Sequential):
+            return "not_plain", f"{type(layers).__name__} of its layers has hooks"
+        if len(layers) < 3 or not _is_norm(layers[0]) or not _is_silu(layers[1]):
+            return "not_plain", "a norm or its SiLU has hooks or another class"
+    if len(block.in_layers) != 3:
+        return "not_plain", f"in_layers are {len(block.in_layers)}, not norm, SiLU, convolution"
+    return None
+
+
 class FusedCrossAttention:
     """For ``CrossAttention`` and ``MemoryEfficientCrossAttention``."""
 
@@ -53,35 +70,58 @@ class FusedCrossAttention:
         *args: Any,
         **options: Any,  # of sgm: additional tokens, attention across frames
     ) -> Tensor:
-        efficient = type(self).__bases__[1].__name__.startswith("MemoryEfficient")
-        unusual = args or any(options.values()) or (efficient and mask is not None)
-        if unusual or x.ndim != 3 or not is_plain(self.to_out, nn.Sequential):
+        # ldm's own computes the scores by itself, with its scale and its mask.
+        by_hand = hasattr(self, "scale") and not hasattr(self, "backend")
+        used = args or any(isinstance(value, Tensor) or value for value in options.values())
+        masked = mask is not None and not (by_hand and _is_wide(x))
+        if used or masked or x.ndim != 3 or unlike_cross_attention(self) is not None:
             return super().forward(x, context, mask, *args, **options)  # pyright: ignore
         if mask is not None:
-            # A row that sees nothing is the mean of all values here, as with an additive mask.
-            lowest = -torch.finfo(x.dtype).max
+            # A row that sees nothing is the mean of all values here. So is one of numbers so low
+            # that scores are lost beside them; bf16's lowest is one in fp32 too.
+            lowest = torch.finfo(torch.bfloat16).min
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, lowest)
             mask = mask.flatten(1)[:, None, None]  # [B, 1, 1, N]
-        return attend(self, x, context, mask=mask, scale=getattr(self, "scale", None))
+        return attend(self, x, context, mask=mask, scale=self.scale if by_hand else None)
+
+
+def unlike_cross_attention(layer: Any) -> tuple[str, str] | None:
+    """(reason code, detail) of what the layer does beside FusedCrossAttention, or None."""
+    if getattr(layer, "backend", None) is not None:
+        return "attention_options", f"PyTorch's kernel was chosen: backend={layer.backend}"
+    if not is_plain(layer.to_out, nn.Sequential):
+        return "not_plain", "to_out has hooks or another class"
+    return None
 
 
 class FusedAttentionBlock:
     """For ``AttentionBlock``, attention over an image of any dimensions."""
 
     def _forward(self: Any, x: Tensor) -> Tensor:
-        order = type(self.attention).__name__
-        if order not in ORDERS or not is_plain(self.attention, type(self.attention)):
+        if unlike_attention_block(self) is not None:
             return super()._forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         flat = x.flatten(2)  # [N, C, T]
         qkv = self.qkv(_norm(self.norm, flat, None)).mT  # [N, T, 3 C]
-        heads = self.attention.n_heads
-        if order == "QKVAttentionLegacy":  # heads first, then query, key and value of each
+        # improved-diffusion's QKVAttention is what the later packages call legacy.
+        known = hasattr(self.attention, "n_heads")
+        heads = self.attention.n_heads if known else self.num_heads
+        if known and type(self.attention).__name__ == "QKVAttention":
+            query, key, value = qkv.chunk(3, dim=-1)
+        else:  # heads first, then query, key and value of each
             parts = qkv.unflatten(-1, (heads, 3, -1)).unbind(-2)
             query, key, value = (part.flatten(-2) for part in parts)
-        else:
-            query, key, value = qkv.chunk(3, dim=-1)
         h = kernels.attention(query, key, value, heads).mT  # [N, C, T]
         return (flat + self.proj_out(h)).reshape(x.shape)
+
+
+def unlike_attention_block(block: Any) -> tuple[str, str] | None:
+    """(reason code, detail) of what the block does beside FusedAttentionBlock, or None."""
+    attention = block.attention
+    if not any(_is_theirs(attention, name) for name in ("QKVAttention", "QKVAttentionLegacy")):
+        return "not_plain", f"{type(attention).__name__} has hooks, or its order is not known"
+    if not _is_norm(block.norm):
+        return "not_plain", "its norm has hooks or another class"
+    return None
 
 
 class FusedGEGLU:
@@ -102,10 +142,20 @@ class FusedResnetBlock:
         return x + h
 
 
+def unlike_resnet_block(block: Any) -> tuple[str, str] | None:
+    """(reason code, detail) of what FusedResnetBlock would not fuse, or None."""
+    for name in ("norm1", "norm2"):
+        if not is_plain(getattr(block, name), nn.GroupNorm):
+            return "not_plain", f"{name} has hooks or another class"
+    return None
+
+
 class FusedOut(nn.Sequential):
-    """The end of a U-Net: norm, SiLU, convolution."""
+    """The end of a U-Net: norm, SiLU, convolution; or a part of it, where it was sliced."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if len(self) < 2:
+            return super().forward(input)
         norm, activation, *rest = self
         h = _norm(norm, input, activation)
         for layer in rest:
@@ -113,98 +163,124 @@ class FusedOut(nn.Sequential):
         return h
 
 
-ORDERS = ("QKVAttention", "QKVAttentionLegacy")
-PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
-# Name of a class -> its fused forward, and the ops of that; residual blocks count their norms.
-KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "ResBlock": (FusedResBlock, ("group_norm_silu", "group_norm_silu", "time_embedding")),
-    "CrossAttention": (FusedCrossAttention, ()),
-    "MemoryEfficientCrossAttention": (FusedCrossAttention, ()),
-    "AttentionBlock": (FusedAttentionBlock, ("group_norm", "self_attention")),
-    "GEGLU": (FusedGEGLU, ("geglu",)),
-    "ResnetBlock": (FusedResnetBlock, ("group_norm_silu", "group_norm_silu")),
+# Name of a class -> its fused forward, what keeps it from that, and its ops.
+KINDS: dict[str, tuple[type, Any, tuple[str, ...]]] = {
+    "ResBlock": (
+        FusedResBlock,
+        unlike_res_block,
+        ("group_norm_silu", "group_norm_silu", "time_embedding"),
+    ),
+    "CrossAttention": (FusedCrossAttention, unlike_cross_attention, ()),
+    "MemoryEfficientCrossAttention": (FusedCrossAttention, unlike_cross_attention, ()),
+    "AttentionBlock": (
+        FusedAttentionBlock,
+        unlike_attention_block,
+        ("group_norm", "self_attention"),
+    ),
+    "GEGLU": (FusedGEGLU, lambda _: None, ("geglu",)),
+    "ResnetBlock": (
+        FusedResnetBlock,
+        unlike_resnet_block,
+        ("group_norm_silu", "group_norm_silu"),
+    ),
 }
+# Attention over an image by convolutions: its norm alone is fused.
+IMAGE_ATTENTION = ("AttnBlock", "MemoryEfficientAttnBlock", "SpatialSelfAttention")
+# Name of a class -> its norm that no SiLU follows, or only a function.
+NORMS = {
+    **dict.fromkeys(("SpatialTransformer", *IMAGE_ATTENTION), "norm"),
+    **dict.fromkeys(("Encoder", "Decoder", "Model"), "norm_out"),
+}
+UNETS = ("UNetModel", "EncoderUNetModel", "VideoUNet", "SpatialUNetModelWithTime")
 
 
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
-    own = type(module)
-    if own.__module__ == __name__ and own is not FusedOut:  # accelerated before
+    own: Any = type(module)
+    if isinstance(own, Subclass):  # accelerated before
         own = own.__bases__[1]
-    kind = own.__name__
-    if not own.__module__.startswith(PACKAGES):
-        theirs = [cls.__name__ for cls in own.__mro__ if cls.__module__.startswith(PACKAGES)]
-        if theirs[0] in KINDS:
-            yield Left(name, "subclass", f"{kind} may compute something else")
-    elif kind in ("SpatialTransformer", "AttnBlock", "SpatialSelfAttention"):
-        norm = module.norm
-        if is_plain(norm, nn.GroupNorm) or is_plain(norm, GroupNorm):
-            yield Swap(join(name, "norm"), norm, GroupNorm, ("group_norm",))
-        else:
-            yield Left(join(name, "norm"), "not_plain", f"{type(norm).__name__} has hooks")
-        if kind != "SpatialTransformer":
+    theirs = [cls.__name__ for cls in own.__mro__ if cls.__module__.startswith(PACKAGES)]
+    kind = next((each for each in theirs if each in (*KINDS, *NORMS, *UNETS)), None)
+    if kind is None:
+        return
+    if kind in NORMS:  # those of a derived class are called like any other
+        yield from _lone_norm(join(name, NORMS[kind]), getattr(module, NORMS[kind], None))
+        if kind in IMAGE_ATTENTION:
             yield Left(name, "attention_options", "its projections are convolutions of an image")
-    elif kind == "UNetModel":
+    elif kind in UNETS:
         yield from _out(join(name, "out"), module.out)
-    elif kind in KINDS:
+    elif own.__name__ != kind or not own.__module__.startswith(PACKAGES):
+        yield Left(name, "subclass", f"{own.__name__} may compute something else")
+    else:
         yield from _block(name, module, own, *KINDS[kind])
 
 
 def _block(
-    name: str, module: Any, own: type[nn.Module], fused: type, ops: tuple[str, ...]
+    name: str, module: Any, own: type[nn.Module], fused: type, unlike: Any, ops: tuple[str, ...]
 ) -> Iterator[Swap | Left]:
     if {"forward", "_forward"} & set(module.__dict__):
         yield Left(name, "instance_forward", "its forward was replaced on the instance")
         return
-    if fused is FusedResBlock and (other := unlike_resblock(module)) is not None:
+    if (other := unlike(module)) is not None:
         yield Left(name, *other)
         return
     if fused is FusedCrossAttention:
-        inputs = {getattr(module, layer).in_features for layer in ("to_q", "to_k")}
-        is_cross = len(inputs) == 2 or name.endswith("attn2")
+        widths = {getattr(layer, "in_features", None) for layer in (module.to_q, module.to_k)}
+        is_cross = len(widths) == 2 or name.endswith("attn2")
         ops = ("cross_attention" if is_cross else "self_attention",)
+    if fused is FusedResnetBlock and hasattr(module, "temb_proj"):
+        ops += ("time_embedding",)
     yield Swap(name, module, subclass(fused, own), ops)
 
 
-def _out(name: str, out: Any) -> Iterator[Swap | Left]:
+def _lone_norm(site: str, norm: Any) -> Iterator[Swap | Left]:
+    if is_plain(norm, nn.GroupNorm) or is_plain(norm, GroupNorm):
+        yield Swap(site, norm, GroupNorm, ("group_norm",))
+    elif norm is not None:
+        yield Left(site, "not_plain", f"{type(norm).__name__} has hooks or is another class")
+
+
+def _out(site: str, out: Any) -> Iterator[Swap | Left]:
+    if isinstance(out, nn.Sequential) and not isinstance(out[0], nn.GroupNorm):
+        return  # of a classifier over pooled features
     plain = is_plain(out, nn.Sequential) or is_plain(out, FusedOut)
     if plain and len(out) > 1 and _is_norm(out[0]) and _is_silu(out[1]):
-        yield Swap(name, out, FusedOut, ("group_norm_silu",))
+        yield Swap(site, out, FusedOut, ("group_norm_silu",))
     else:
-        yield Left(name, "not_plain", "it, its norm or its SiLU has hooks or another class")
-
-
-def unlike_resblock(block: Any) -> tuple[str, str] | None:
-    """(reason code, detail) of what the block does beside FusedResBlock, or None."""
-    for option in ("skip_t_emb", "exchange_temb_dims"):
-        if getattr(block, option, False):
-            return "time_embedding_norm", f"{option} is True"
-    for layers in (block.in_layers, block.out_layers):
-        if not is_plain(layers, nn.Sequential):
-            return "not_plain", f"{type(layers).__name__} of its layers has hooks"
-        if len(layers) < 3 or not _is_norm(layers[0]) or not _is_silu(layers[1]):
-            return "not_plain", "a norm or its SiLU has hooks or another class"
-    return None
+        yield Left(site, "not_plain", "it, its norm or its SiLU has hooks or another class")
 
 
 def _norm(norm: Any, x: Tensor, activation: Any, **options: Any) -> Tensor:
-    """activation(scale_shift(norm(x + shift))) in x's dtype, fused where both are plain."""
+    """activation(scale_shift(norm(x + shift))), fused where both are plain."""
     if _is_norm(norm) and (activation is None or _is_silu(activation)):
         silu = None if activation is None else "silu"
-        return fused_norm(norm, x, activation=silu, **options).to(x.dtype)
+        h = fused_norm(norm, x, activation=silu, **options)
+        return h if type(norm) is nn.GroupNorm else h.to(x.dtype)  # GroupNorm32 casts
     h = normalize(norm, x, **options)
     return h if activation is None else activation(h)
 
 
 def _is_norm(module: object) -> bool:
     """A GroupNorm, or GroupNorm32: that one in fp32, as ours is inside, with a result as its x."""
-    if not isinstance(module, nn.GroupNorm):
-        return False
-    known = type(module) is nn.GroupNorm or type(module).__name__ == "GroupNorm32"
-    return known and is_plain(module, type(module))
+    return is_plain(module, nn.GroupNorm) or (
+        isinstance(module, nn.GroupNorm) and _is_theirs(module, "GroupNorm32")
+    )
 
 
 def _is_silu(module: object) -> bool:
-    """PyTorch's SiLU, or the class of that name in guided-diffusion."""
-    if not isinstance(module, nn.Module):
-        return False
-    return type(module).__name__ == "SiLU" and is_plain(module, type(module))
+    """PyTorch's SiLU, or the class of that name in these packages."""
+    return is_plain(module, nn.SiLU) or _is_theirs(module, "SiLU")
+
+
+def _is_theirs(module: Any, name: str) -> bool:
+    """Whether it is of a class of this name in these packages, and plain."""
+    own = type(module)
+    named = own.__name__ == name and own.__module__.startswith(PACKAGES)
+    return named and is_plain(module, own)
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether attention over x runs in a dtype that holds numbers as low as fp32 does."""
+    dtype = x.dtype
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return dtype != torch.float16
