@@ -73,6 +73,22 @@ def check(
 
 
 @app.command()
+def explain(
+    model: Annotated[Path, typer.Option(help="config.json of diffusers, or a pipeline's folder.")],
+    as_json: Json = False,
+) -> None:
+    """What accelerate() would replace in a model, and what not and why, from its configuration."""
+    from fastunet import configs, explain
+
+    try:
+        report = explain(configs.build(model))
+    except (OSError, ImportError, ValueError) as reason:
+        typer.echo(" ".join(str(reason).split()), err=True)
+        raise typer.Exit(2) from reason
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and report.json.")] = Path(
         "runs/demo"

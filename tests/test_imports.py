@@ -15,14 +15,24 @@ STANDARD = set(sys.stdlib_module_names)
 # stands further up, never the other way. A new module gets its row here.
 TENSORS = {"kernels"}
 HOSTS = TENSORS | {"nn", "hosts"}
-PASSES = {"accelerate", "check", "checkpoints", "diffusion", "sampling", "testing", "tune"}
-LIBRARY = HOSTS | PASSES | {"models"}
+PASSES = {
+    "accelerate",
+    "check",
+    "checkpoints",
+    "configs",
+    "diffusion",
+    "sampling",
+    "testing",
+    "tune",
+}
+LIBRARY = HOSTS | PASSES | {"layouts", "models"}
 COMMANDS = LIBRARY | {"check_ops", "demo", "info", "interpreter", "fastunet"}
 ARROWS: dict[str, set[str]] = {
     "kernels": TENSORS,
     "models": {"models"},
     "nn": TENSORS | {"nn"},
     "hosts": HOSTS | {"models"},
+    "layouts": set(),
     **dict.fromkeys(PASSES, LIBRARY),
     "interpreter": TENSORS,
     "check_ops": COMMANDS,
