@@ -100,8 +100,8 @@ def main(args: argparse.Namespace) -> None:
         model = copy.deepcopy(unet)
         if layout == "nhwc":
             model = model.to(memory_format=torch.channels_last)
-        if kind in ("accelerated", "both"):
-            fastunet.accelerate(model)
+        if kind in ("accelerated", "graphed", "both"):
+            fastunet.accelerate(model, cuda_graph=kind == "graphed")
         function = model
         if kind in ("compiled", "autotuned", "both"):
             mode = "max-autotune-no-cudagraphs" if kind == "autotuned" else None
@@ -117,7 +117,10 @@ def main(args: argparse.Namespace) -> None:
                     row["rms_error"] = (off.square().mean() / truth.square().mean()).sqrt().item()
                 if device == "cuda" and args.profile:
                     results["kernels"][name] = kernel_times(call)
-                row["us"], row["low"], row["high"] = timing.measure([call], args.rounds)
+                if kind == "graphed":
+                    row["equal"] = all(torch.equal(call(), output) for _ in range(3))
+                else:
+                    row["us"], row["low"], row["high"] = timing.measure([call], args.rounds)
                 times = []
                 for _ in range(5):
                     start = time.perf_counter()
@@ -126,6 +129,12 @@ def main(args: argparse.Namespace) -> None:
                         torch.cuda.synchronize()
                     times.append(time.perf_counter() - start)
                 row["wall_us"] = 1e6 * sorted(times)[2]
+                start = time.perf_counter()  # as in a sampling loop: nothing waits between calls
+                for _ in range(10):
+                    call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                row["loop_us"] = 1e5 * (time.perf_counter() - start)
             if args.train and kind in ("eager", "accelerated"):
                 row.update(training_step(model, inputs, device))
         except Exception as failure:  # one variant that fails leaves the others

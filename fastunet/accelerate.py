@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from fastunet import hosts
+from fastunet import graph, hosts
 from fastunet.hosts import Left, Swap
+from fastunet.hosts._subclass import seen_class
 
 _MARK = "_fastunet"
 COMPONENTS = ("unet", "controlnet", "vae")  # of a diffusers pipeline
+STEPS = ("unet", "controlnet")  # those that a pipeline calls at every step
 
 
 class _Plan:
@@ -78,13 +80,17 @@ class Report:
         return "\n".join(lines)
 
 
-def accelerate(model: Any, *, strict: bool = False) -> Report:
+def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) -> Report:
     """Replace every site of the model that is known by a fused one, in place.
 
     Args:
         model: any nn.Module, or a pipeline of diffusers, of which the U-Net, the ControlNets and
             the autoencoder are taken. What is already accelerated stays so.
         strict: raise if a site has to be left.
+        cuda_graph: capture the forward of the model, or of the U-Net and the ControlNet of a
+            pipeline, as a CUDA graph at the second call of a shape, dtype and layout, and replay
+            it from then on (:mod:`fastunet.graph`). Where gradients are on, in training mode and
+            under torch.compile the model runs as it is; elsewhere a warning says why, once.
 
     Returns:
         What was replaced and what was left, also of an earlier call on the same model.
@@ -100,7 +106,10 @@ def accelerate(model: Any, *, strict: bool = False) -> Report:
         if _MARK not in swap.module.__dict__:
             swap.module.__dict__[_MARK] = _Plan(swap)
             swap.module.__class__ = swap.replacement
-    return report
+    if cuda_graph:
+        for part in _wholes(model):
+            graph.attach(part)
+    return _survey(model)[1] if cuda_graph else report
 
 
 def explain(model: Any) -> Report:
@@ -118,17 +127,19 @@ def restore(model: Any) -> None:
     """
     marked = _marked(model)
     for module in marked:
-        if type(module) is not module.__dict__[_MARK].replacement:
+        if seen_class(module) is not module.__dict__[_MARK].replacement:
             raise RuntimeError(f"undo first what made {type(module).__name__} of a replaced module")
         if "forward" in module.__dict__:
             raise RuntimeError(f"undo first what wrapped forward of a {type(module).__name__}")
+    for _, module in _named_modules(model):
+        graph.detach(module)
     for module in marked:
         module.__class__ = module.__dict__.pop(_MARK).original
 
 
 def is_accelerated(model: Any) -> bool:
     """Whether any module of the model or pipeline is replaced."""
-    return bool(_marked(model))
+    return any(_MARK in m.__dict__ or graph.is_attached(m) for _, m in _named_modules(model))
 
 
 def partners(model: nn.Module, site: str) -> list[str]:
@@ -146,11 +157,21 @@ def _marked(model: Any) -> list[nn.Module]:
     return [module for _, module in _named_modules(model) if _MARK in module.__dict__]
 
 
+def _wholes(model: Any) -> list[nn.Module]:
+    """What is called once a step."""
+    if isinstance(model, nn.Module):
+        return [model]
+    parts = (model.components.get(name) for name in STEPS)
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
 def _survey(model: Any) -> tuple[list[Swap], Report]:
     found = [row for name, module in _named_modules(model) for row in hosts.visit(name, module)]
     swaps = [row for row in found if isinstance(row, Swap)]
     left = [row for row in found if isinstance(row, Left)]
     replaced = Counter(op for swap in swaps for op in swap.ops)
+    graphs = sum(graph.is_attached(module) for _, module in _named_modules(model))
+    replaced += Counter(cuda_graph=graphs)
     sites = {swap.site: swap.ops for swap in swaps if swap.ops}
     return swaps, Report(dict(sorted(replaced.items())), left, sites)
 

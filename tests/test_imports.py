@@ -21,6 +21,7 @@ PASSES = {
     "checkpoints",
     "configs",
     "diffusion",
+    "graph",
     "sampling",
     "testing",
     "tune",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet.hosts import Left, Swap, join
+from fastunet.hosts._subclass import seen_class
 from fastunet.nn import GroupNorm
 from fastunet.nn._plain import is_plain
 from fastunet.nn.attention import extra_part
@@ -47,7 +48,7 @@ def head(name: str, unet: Any, plain: type[nn.Module]) -> Iterator[Swap | Left]:
     site = join(name, "conv_norm_out")
     if norm is None:
         return
-    if type(unet) is not plain:
+    if seen_class(unet) is not plain:
         yield Left(site, "subclass", f"{type(unet).__name__} may call it without conv_act")
         return
     if not isinstance(activation, nn.SiLU):
@@ -69,7 +70,7 @@ def transformer(
     else:
         detail = f"{type(norm).__name__} has hooks or another class"
         yield Left(join(site, "norm"), "not_plain", detail)
-    if type(block) in (plain, fused) and "forward" not in block.__dict__:
+    if seen_class(block) in (plain, fused) and "forward" not in block.__dict__:
         yield Swap(site, block, fused, ())
 
 
@@ -83,7 +84,7 @@ def image(tokens: Tensor, like: Tensor) -> Tensor:
 def resnet(
     site: str, block: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
-    if type(block) not in (plain, fused):
+    if seen_class(block) not in (plain, fused):
         yield Left(site, "subclass", f"{type(block).__name__} may compute something else")
     elif "forward" in block.__dict__:
         yield Left(site, "instance_forward", "its forward was replaced on the instance")
@@ -107,7 +108,7 @@ def resnet(
 def attention(
     site: str, layer: nn.Module, is_cross: bool, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
-    if type(layer) not in (plain, fused):
+    if seen_class(layer) not in (plain, fused):
         yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
     elif "forward" in layer.__dict__:
         yield Left(site, "instance_forward", "its forward was replaced on the instance")
@@ -127,7 +128,7 @@ def geglu(
     site: str, layer: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
     """The gate of a feed-forward net. Its projection is called, whatever it is."""
-    if type(layer) not in (plain, fused):
+    if seen_class(layer) not in (plain, fused):
         yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
     elif "forward" in layer.__dict__:
         yield Left(site, "instance_forward", "its forward was replaced on the instance")

@@ -1,4 +1,4 @@
-"""Fused subclasses of classes that several packages hold a copy of."""
+"""Subclasses made for whichever class a model has."""
 
 import copyreg
 import functools
@@ -12,8 +12,20 @@ class Subclass(type):
 
 @functools.cache
 def subclass(fused: type, plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of ``plain`` whose forward is that of ``fused``, the same one at every call."""
-    return Subclass(fused.__name__, (fused, plain), {"__module__": fused.__module__})
+    """A subclass of ``plain`` whose forward is that of ``fused``, the same one at every call.
+
+    A ``transparent`` one keeps the name of the plain class, which a saved configuration tells.
+    """
+    named = plain if getattr(fused, "transparent", False) else fused
+    return Subclass(named.__name__, (fused, plain), {"__module__": named.__module__})
+
+
+def seen_class(module: nn.Module) -> type:
+    """The module's class behind a transparent one."""
+    own = type(module)
+    if isinstance(own, Subclass) and "transparent" in vars(own.__bases__[0]):
+        return own.__bases__[1]
+    return own
 
 
 copyreg.pickle(Subclass, lambda cls: (subclass, cls.__bases__))  # pyright: ignore

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastunet import kernels
 from fastunet.hosts import Left, Swap, join
-from fastunet.hosts._subclass import Subclass, subclass
+from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn._plain import is_plain
 from fastunet.nn.attention import attend
@@ -195,7 +195,7 @@ UNETS = ("UNetModel", "EncoderUNetModel", "VideoUNet", "SpatialUNetModelWithTime
 
 
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
-    own: Any = type(module)
+    own: Any = seen_class(module)
     if isinstance(own, Subclass):  # accelerated before
         own = own.__bases__[1]
     theirs = [cls.__name__ for cls in own.__mro__ if cls.__module__.startswith(PACKAGES)]

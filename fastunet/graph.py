@@ -1,0 +1,313 @@
+"""A model's forward as one CUDA graph: captured once for each kind of call, then launched as one.
+
+A step of a U-Net at a small batch is thousands of launches, and Python takes longer to make them
+than a GPU to run them. A replay gives the same bits: it runs the same kernels.
+"""
+
+import functools
+import inspect
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastunet.hosts._subclass import seen_class, subclass
+
+MARK = "_fastunet_graphs"
+MOST = 8  # kinds of call that are remembered; the one unused for longest goes
+TIMESTEP = ("timestep", "timesteps")  # of their numbers a tensor is made: each step has its own
+    "timestep",
+    "timesteps",
+)  # arguments whose number becomes a tensor: each step has its own
+PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+class Graphed:
+    """In front of a model's class: ``forward`` is replayed where it can be."""
+
+    transparent = True
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[MARK].call(self, super().forward, args, kwargs)  # pyright: ignore
+
+
+def attach(model: nn.Module) -> None:
+    """Let the model's calls in inference be captured at the second of a kind, and then replayed."""
+    if MARK not in model.__dict__:
+        model.__dict__[MARK] = Graphs()
+        model.__class__ = subclass(Graphed, type(model))
+
+
+def detach(model: nn.Module) -> None:
+    """Take :func:`attach` back, and free what was captured."""
+    if is_attached(model):
+        model.__dict__.pop(MARK).clear()
+        model.__class__ = type(model).__bases__[1]
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Raises RuntimeError where the model got another class since."""
+    if MARK in model.__dict__ and seen_class(model) is type(model):
+        raise RuntimeError(f"undo first what made {type(model).__name__} of a captured model")
+    return MARK in model.__dict__
+
+
+class Cuda:
+    """All that is asked of CUDA; a test without a GPU puts something else in its place."""
+
+    def __init__(self) -> None:
+        self._pool = self._last = None
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.is_cuda
+
+    def busy(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """(what replays the call, its outputs, which each replay overwrites)."""
+        # Graphs of one model never run at once, and their outputs are held: they share memory.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            outputs = call()
+        return graph.replay, outputs
+
+    def wait(self) -> None:
+        """The current stream waits for the last replay, which another one may run."""
+        if self._last is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._last)
+
+    def done(self, device: torch.device) -> None:
+        self._device, self._last = device, torch.cuda.Event()
+        self._last.record(torch.cuda.current_stream(device))
+
+    def finish(self) -> None:
+        if self._last is not None:
+            self._last.synchronize()
+
+
+@dataclass
+class _Captured:
+    replay: Callable[[], None]
+    inputs: list[Tensor]
+    outputs: list[Any]
+    spec: Any
+
+
+class Graphs:
+    """The graphs of one model, and the state that the model had when they were captured."""
+
+    def __init__(self) -> None:
+        self._cuda = Cuda()
+        self._kinds: OrderedDict[Any, _Captured | str | None] = OrderedDict()  # str: why it failed
+        self._state: _State | None = None
+        self._told: set[str] = set()
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
+        return Graphs()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+    def clear(self) -> None:
+        self._cuda.finish()
+        self._kinds.clear()
+        self._state = None
+
+    def __len__(self) -> int:
+        return sum(isinstance(kind, _Captured) for kind in self._kinds.values())
+
+    def call(self, model: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _outside_inference(model) or self._cuda.busy():
+            return forward(*args, **kwargs)
+        with self._lock:
+            if self._state is None or not self._state.still_holds():
+                self.clear()
+                self._state = _State(model, self._cuda)
+            args, kwargs = _timestep_as_tensor(model, args, kwargs)
+            leaves, spec = tree_flatten((args, kwargs))
+            reason = self._state.reason or self._unfit(leaves)
+            if reason is None:
+                key = (spec, *map(_kind, leaves), *_surroundings(leaves))
+                known = key in self._kinds
+                graph = self._kinds.setdefault(key, None)
+                self._kinds.move_to_end(key)
+                while len(self._kinds) > MOST:
+                    self._cuda.finish()
+                    self._kinds.popitem(last=False)
+                # The first call of a kind compiles kernels and picks algorithms: it runs as it is.
+                if known and graph is None:
+                    graph = self._kinds[key] = self._capture(forward, leaves, spec)
+                if isinstance(graph, _Captured):
+                    return self._replay(graph, leaves)
+                reason = graph
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
+            name = type(model).__name__
+            warnings.warn(f"{name} is called without a CUDA graph: {reason}", stacklevel=4)
+        return forward(*args, **kwargs)
+
+    def _unfit(self, leaves: list[Any]) -> str | None:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors:
+            return "no argument is a tensor"
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                if type(leaf) not in (Tensor, nn.Parameter):
+                    return f"an argument is a {type(leaf).__name__}"
+                if not self._cuda.holds(leaf) or leaf.device != tensors[0].device:
+                    return f"an argument is on {leaf.device}, not all on one GPU"
+            elif not isinstance(leaf, PLAIN):
+                return f"an argument is a {type(leaf).__name__}"
+        return None
+
+    def _capture(self, forward: Any, leaves: list[Any], spec: Any) -> _Captured | str:
+        with torch.inference_mode(False), torch.no_grad():
+            held = [torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x for x in leaves]
+        inputs = [leaf for leaf in held if isinstance(leaf, Tensor)]
+        versions = [leaf._version for leaf in inputs]
+        args, kwargs = tree_unflatten(held, spec)
+        # What autocast has cast before would be read where it lay: it is cast within the graph.
+        torch.clear_autocast_cache()
+        self._cuda.wait()
+        try:
+            replay, outputs = self._cuda.capture(lambda: forward(*args, **kwargs))
+        except Exception as failure:  # whatever cannot be captured can still be called
+            return f"it cannot be captured: {' '.join(str(failure).split())[:300]}"
+        finally:
+            torch.clear_autocast_cache()
+        if [leaf._version for leaf in inputs] != versions:
+            return "it writes to its arguments"
+        found, out_spec = tree_flatten(outputs)
+        for leaf in found:
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                return f"it returns a {type(leaf).__name__}"
+        return _Captured(replay, inputs, found, out_spec)
+
+    def _replay(self, graph: _Captured, leaves: list[Any]) -> Any:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._cuda.wait()
+        for held, given in zip(graph.inputs, tensors, strict=True):
+            held.copy_(given)
+        graph.replay()
+        outputs = [out.clone() if isinstance(out, Tensor) else out for out in graph.outputs]
+        self._cuda.done(tensors[0].device)
+        return tree_unflatten(outputs, graph.spec)
+
+
+class _State:
+    """All that a forward reads beside its arguments: where weights lie, and every attribute.
+
+    Values of the weights may change: a replay reads them anew.
+    """
+
+    def __init__(self, model: nn.Module, cuda: Cuda) -> None:
+        modules = list(model.modules())
+        watched: list[dict[str, Any]] = [module.__dict__ for module in modules]
+        for module in modules:
+            for value in module.__dict__.values():  # an attention processor
+                own = getattr(value, "__dict__", None)
+                others = isinstance(value, (nn.Module, Tensor, Graphs, type, dict))
+                if isinstance(own, dict) and not others and not inspect.isroutine(value):
+                    watched.append(own)
+        self._watched = [(attributes, _copied(attributes)) for attributes in watched]
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.reason = self._unfit(modules, cuda)
+        self._addresses = None if self.reason else self._where()
+
+    def _where(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors]
+
+    def _unfit(self, modules: list[nn.Module], cuda: Cuda) -> str | None:
+        for module in modules[1:]:
+            hooks = (module._forward_hooks, module._forward_pre_hooks)
+            if any(hooks) or "forward" in module.__dict__:
+                return f"a {type(module).__name__} in it has hooks or a forward of its own"
+        for tensor in self.tensors:
+            if type(tensor) not in (Tensor, nn.Parameter):
+                return f"its weights are of type {type(tensor).__name__}"
+            if not cuda.holds(tensor):
+                return f"weights are on {tensor.device}"
+        return None
+
+    def still_holds(self) -> bool:
+        try:
+            same = all(attributes == copied for attributes, copied in self._watched)
+        except Exception:  # tensors beside each other have no truth value: they are others
+            return False
+        return same and (self.reason is not None or self._where() == self._addresses)
+
+
+def _copied(value: Any) -> Any:
+    """Containers copied, what they hold by identity."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return set(value) if isinstance(value, set) else value
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), leaf
+
+
+def _surroundings(leaves: list[Any]) -> tuple[Any, ...]:
+    """What else PyTorch's ops obey."""
+    device = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return (
+        autocast,
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _outside_inference(model: nn.Module) -> bool:
+    """Also under what watches every op or module, which a replay would pass by."""
+    hooked = _module._global_forward_hooks or _module._global_forward_pre_hooks
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(torch.is_grad_enabled() or model.training or hooked or modes)
+
+
+@functools.lru_cache(maxsize=16)
+def _timestep_argument(cls: type[nn.Module]) -> tuple[int, str] | None:
+    """(place among the arguments, name) of the timestep of the model's forward."""
+    while issubclass(cls, Graphed):
+        cls = cls.__bases__[1]
+    names = list(inspect.signature(cls.forward).parameters)[1:]
+    return next(((i, name) for i, name in enumerate(names) if name in TIMESTEP), None)
+
+
+def _timestep_as_tensor(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A number, or a tensor on the CPU, as a tensor on the device of the first argument."""
+    argument = _timestep_argument(type(model))
+    if argument is None:
+        return args, kwargs
+    place, name = argument
+    value = args[place] if place < len(args) else kwargs.get(name)
+    image = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(image, Tensor) or isinstance(value, bool):
+        return args, kwargs
+    if isinstance(value, (int, float)):
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        value = torch.tensor(value, dtype=dtype, device=image.device)
+    elif isinstance(value, Tensor) and value.device != image.device:
+        value = value.to(image.device)
+    else:
+        return args, kwargs
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: value}
