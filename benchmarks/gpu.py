@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PYTHON = sys.executable
 OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
 DTYPES = ("float32", "float16", "bfloat16")
-LAYOUTS = "eager-nchw,accelerated-nchw,accelerated-nhwc,eager-nhwc"
+LAYOUTS = "eager-nchw,accelerated-nchw,graphed-nchw,eager-nhwc,accelerated-nhwc,graphed-nhwc"
 # Steps are shell commands; those of a list run at once.
 STEPS: dict[str, dict[str, list[str]]] = {
     "parity": {
@@ -43,6 +43,9 @@ STEPS: dict[str, dict[str, list[str]]] = {
             " -p no:cacheprovider -p no:benchmark --timeout 60 --tb short"
             " --ignore {here}/../tests/kernels/test_mutants.py"
         ],
+        "graphs": [
+            "{python} -m pytest {here}/../tests/test_graph.py -k natively -q -p no:cacheprovider"
+        ],
     },
     "bench": {
         "limits": ["{python} {here}/limits.py --out {out}/limits.json"],
@@ -57,14 +60,15 @@ STEPS: dict[str, dict[str, list[str]]] = {
         ],
     },
     "unet": {
-        f"{family}{train}": [
+        f"{family}{what}": [
             f"{{python}} {{here}}/unet_step.py --family {family} {options}"
-            f" --out {{out}}/unet-{family}{train}.json"
+            f" --out {{out}}/unet-{family}{what}.json"
         ]
-        for family, train, options in (
+        for family, what, options in (
             ("sd15", "", "--parity --profile --variants " + LAYOUTS),
             ("sdxl", "", "--parity --profile --variants " + LAYOUTS),
             ("sd15", "-train", "--train --variants eager-nchw,accelerated-nchw"),
+            ("sd15", "-batch8", "--batch 8 --variants eager-nhwc,accelerated-nhwc,graphed-nhwc"),
             ("sd15", "-compiled", "--parity --variants compiled-nhwc"),
         )
     },

@@ -23,9 +23,6 @@ from fastunet.hosts._subclass import seen_class, subclass
 MARK = "_fastunet_graphs"
 MOST = 8  # kinds of call that are remembered; the one unused for longest goes
 TIMESTEP = ("timestep", "timesteps")  # of their numbers a tensor is made: each step has its own
-    "timestep",
-    "timesteps",
-)  # arguments whose number becomes a tensor: each step has its own
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
