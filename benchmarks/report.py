@@ -43,28 +43,35 @@ def ops(folder: Path) -> str:
 
 
 def unets(folder: Path) -> str:
-    lines = ["| U-Net, batch | variant | graph replay, ms | kernels | rms error | wall clock, ms |"]
-    lines.append("| --- | --- | --: | --: | --: | --: |")
+    titles = ("U-Net, batch", "variant", "graph replay, ms", "kernels", "rms error")
+    titles += ("one call, ms", "of ten in a row, ms", "training step, ms", "its peak, GB")
+    lines = [f"| {' | '.join(titles)} |", "| --- | --- |" + " --: |" * (len(titles) - 2)]
     for path in sorted(folder.glob("unet-*.json")):
         found = json.loads(path.read_text())
-        model = path.stem.removeprefix("unet-")
+        model = f"{found['family']}, {found['batch']}"
         for name, row in found["variants"].items():
-            if "us" not in row:
+            if "wall_us" not in row:
                 continue
-            kernels = sum(k["count"] for k in found["kernels"].get(name, [])) or ""
-            error = f"{row['rms_error']:.1e}" if "rms_error" in row else ""
-            lines.append(
-                f"| {model}, {found['batch']} | {name} | {row['us'] / 1e3:.2f} "
-                f"| {kernels} | {error} | {row['wall_us'] / 1e3:.1f} |"
-            )
+            cells = [model, name, _in_ms(row, "us")]
+            cells.append(str(sum(k["count"] for k in found["kernels"].get(name, [])) or ""))
+            cells.append(f"{row['rms_error']:.2e}" if "rms_error" in row else "")
+            cells += [_in_ms(row, key) for key in ("wall_us", "loop_us", "train_wall_us")]
+            cells.append(f"{row['train_peak_gb']:.2f}" if "train_peak_gb" in row else "")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _in_ms(row: dict[str, Any], key: str) -> str:
+    return f"{row[key] / 1e3:.2f}" if key in row else ""
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    machine = json.loads((folder / "limits.json").read_text())
-    print(f"{machine['device']}: copy {machine['copy_gbs']:.0f} GB/s, ", end="")
-    print(f"{machine['matmul_dtype']} product {machine['matmul_tflops']:.0f} TFLOP/s\n")
-    print(f"Parity: {parity(folder)}\n\n{unets(folder)}\n\n{ops(folder)}")
+    if (folder / "limits.json").exists():
+        machine = json.loads((folder / "limits.json").read_text())
+        print(f"{machine['device']}: copy {machine['copy_gbs']:.0f} GB/s, ", end="")
+        print(f"{machine['matmul_dtype']} product {machine['matmul_tflops']:.0f} TFLOP/s\n")
+        print(f"Parity: {parity(folder)}\n\n{ops(folder)}\n")
+    print(unets(folder))

@@ -385,7 +385,8 @@ def test_graphs_natively(host):
                 change(runs.model), change(runs.eager)
                 runs.model.cuda(), runs.eager.cuda()
             outputs = []
-            for step in (999, 500, 3, torch.tensor(7), torch.tensor(8, device="cuda"), timestep):
+            on_gpu = torch.tensor(8, device="cuda")
+            for step in (999, 500, 3, torch.tensor(7), on_gpu, timestep, timestep):
                 outputs.append(runs.same(image, step, context))
                 runs.same(image[:1], 5, context[:1])
             copies = [output.clone() for output in outputs]
