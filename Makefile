@@ -5,8 +5,8 @@ SPEC := pyproject.toml setup.py Makefile
 # --no-compile: Python writes bytecode at the first import, of what is imported.
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 
-# CompVis ldm, a host in the tests. What it requires is pinned to versions of its time.
-LDM := stable-diffusion-sdkit==2.1.5
+# CompVis ldm and MONAI, hosts in the tests. What ldm requires is pinned to versions of its time.
+HOSTS := stable-diffusion-sdkit==2.1.5 monai==1.6.1
 
 .NOTPARALLEL:
 .PHONY: help demo test lint test-triton36 targets fuzz mutants bench gpu-parity gpu-bench gpu-unet clean
@@ -70,7 +70,7 @@ clean: ## remove both venvs, builds and caches (runs/ stays)
 
 .venv/.dev: $(SPEC) $(CONSTRAINTS) | .venv/bin/python
 	.venv/bin/python $(PIP_INSTALL) $(addprefix -c ,$(CONSTRAINTS)) -e ".[dev]"
-	.venv/bin/python $(PIP_INSTALL) --no-deps $(LDM)
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(HOSTS)
 	touch $@ .venv/.demo # dev holds demo
 
 .venv-triton36/.dev: $(SPEC) constraints-triton36.txt

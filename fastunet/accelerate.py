@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fastunet import graph, hosts
+from fastunet._plain import is_wrapped
 from fastunet.hosts import Left, Swap
 from fastunet.hosts._subclass import seen_class
 
@@ -104,6 +105,7 @@ def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) ->
         raise ValueError(f"strict=True and not every site can be replaced\n{report}")
     for swap in swaps:
         if _MARK not in swap.module.__dict__:
+            swap.module.__dict__.pop("forward", None)
             swap.module.__dict__[_MARK] = _Plan(swap)
             swap.module.__class__ = swap.replacement
     if cuda_graph:
@@ -129,11 +131,12 @@ def restore(model: Any) -> None:
     for module in marked:
         if seen_class(module) is not module.__dict__[_MARK].replacement:
             raise RuntimeError(f"undo first what made {type(module).__name__} of a replaced module")
-        if "forward" in module.__dict__:
+        if is_wrapped(module):
             raise RuntimeError(f"undo first what wrapped forward of a {type(module).__name__}")
     for _, module in _named_modules(model):
         graph.detach(module)
     for module in marked:
+        module.__dict__.pop("forward", None)
         module.__class__ = module.__dict__.pop(_MARK).original
 
 

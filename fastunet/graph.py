@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastunet._plain import is_wrapped
 from fastunet.hosts._subclass import seen_class, subclass
 
 MARK = "_fastunet_graphs"
@@ -37,7 +38,10 @@ class Graphed:
 
 def attach(model: nn.Module) -> None:
     """Let the model's calls in inference be captured at the second of a kind, and then replayed."""
-    if MARK not in model.__dict__:
+    if is_wrapped(model):
+        _warn(model, "its forward was replaced on the instance")
+    elif MARK not in model.__dict__:
+        model.__dict__.pop("forward", None)
         model.__dict__[MARK] = Graphs()
         model.__class__ = subclass(Graphed, type(model))
 
@@ -149,8 +153,7 @@ class Graphs:
                 reason = graph
         if reason is not None and reason not in self._told:
             self._told.add(reason)
-            name = type(model).__name__
-            warnings.warn(f"{name} is called without a CUDA graph: {reason}", stacklevel=4)
+            _warn(model, reason)
         return forward(*args, **kwargs)
 
     def _unfit(self, leaves: list[Any]) -> str | None:
@@ -227,7 +230,7 @@ class _State:
     def _unfit(self, modules: list[nn.Module], cuda: Cuda) -> str | None:
         for module in modules[1:]:
             hooks = (module._forward_hooks, module._forward_pre_hooks)
-            if any(hooks) or "forward" in module.__dict__:
+            if any(hooks) or is_wrapped(module):
                 return f"a {type(module).__name__} in it has hooks or a forward of its own"
         for tensor in self.tensors:
             if type(tensor) not in (Tensor, nn.Parameter):
@@ -251,6 +254,11 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(item) for item in value]
     return set(value) if isinstance(value, set) else value
+
+
+def _warn(model: nn.Module, reason: str) -> None:
+    text = f"{type(model).__name__} is called without a CUDA graph: {reason}"
+    warnings.warn(text, stacklevel=4)
 
 
 def _kind(leaf: Any) -> Any:

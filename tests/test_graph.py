@@ -371,6 +371,19 @@ def test_restore_refuses_a_model_of_another_class(runs):
     fastunet.restore(runs.model)
 
 
+def test_a_wrapped_forward_is_no_place_for_a_graph(runs):
+    model = runs.eager
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # as accelerate's offloading
+    with pytest.warns(UserWarning, match="without a CUDA graph: its forward was replaced"):
+        assert "cuda_graph" not in fastunet.accelerate(model, cuda_graph=True).replaced
+    model.forward = forward  # and as it leaves it
+    assert fastunet.accelerate(model, cuda_graph=True).replaced["cuda_graph"] == 1
+    for _ in range(2):
+        runs.model, runs.eager = model, runs.model
+        runs.same()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("host", ["diffusers", "fastunet"])
 def test_graphs_natively(host):

@@ -60,14 +60,17 @@ def register(prefix: str, visit: Visit) -> None:
 
 
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
-    """What the module's host has to say of it; nothing for a module of no known host."""
-    for cls in type(module).__mro__:
+    """What the module's host has to say of it; :mod:`fastunet.hosts.generic` where it has none."""
+    host = host_of(type(module)) or "fastunet.hosts.generic"
+    yield from (import_module(host).visit if isinstance(host, str) else host)(name, module)
+
+
+def host_of(kind: type[nn.Module]) -> str | Visit | None:
+    for cls in kind.__mro__:
         for prefix, host in HOSTS.items():
             if cls.__module__.startswith(prefix):
-                yield from (import_module(host).visit if isinstance(host, str) else host)(
-                    name, module
-                )
-                return
+                return host
+    return None
 
 
 def join(name: str, child: str) -> str:

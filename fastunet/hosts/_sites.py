@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastunet._plain import is_plain, is_wrapped
 from fastunet.hosts import Left, Swap, join
 from fastunet.hosts._subclass import seen_class
 from fastunet.nn import GroupNorm
-from fastunet.nn._plain import is_plain
 from fastunet.nn.attention import extra_part
 from fastunet.nn.group_norm import fused_norm
 from fastunet.nn.resnet import unlike_plain
@@ -70,7 +70,7 @@ def transformer(
     else:
         detail = f"{type(norm).__name__} has hooks or another class"
         yield Left(join(site, "norm"), "not_plain", detail)
-    if seen_class(block) in (plain, fused) and "forward" not in block.__dict__:
+    if seen_class(block) in (plain, fused) and not is_wrapped(block):
         yield Swap(site, block, fused, ())
 
 
@@ -86,7 +86,7 @@ def resnet(
 ) -> Iterator[Swap | Left]:
     if seen_class(block) not in (plain, fused):
         yield Left(site, "subclass", f"{type(block).__name__} may compute something else")
-    elif "forward" in block.__dict__:
+    elif is_wrapped(block):
         yield Left(site, "instance_forward", "its forward was replaced on the instance")
     elif (other := unlike_plain(block)) is not None:
         yield Left(site, *other)
@@ -110,7 +110,7 @@ def attention(
 ) -> Iterator[Swap | Left]:
     if seen_class(layer) not in (plain, fused):
         yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
-    elif "forward" in layer.__dict__:
+    elif is_wrapped(layer):
         yield Left(site, "instance_forward", "its forward was replaced on the instance")
     elif (extra := extra_part(layer)) is not None:
         yield Left(site, "attention_options", f"it computes more than attention: {extra}")
@@ -130,7 +130,7 @@ def geglu(
     """The gate of a feed-forward net. Its projection is called, whatever it is."""
     if seen_class(layer) not in (plain, fused):
         yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
-    elif "forward" in layer.__dict__:
+    elif is_wrapped(layer):
         yield Left(site, "instance_forward", "its forward was replaced on the instance")
     else:
         yield Swap(site, layer, fused, ("geglu",))

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import kernels
+from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, join
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
-from fastunet.nn._plain import is_plain
 from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import fused_norm, normalize
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastunet import kernels
-from fastunet.nn._plain import is_plain
+from fastunet._plain import is_plain
 
 
 class GroupNorm(nn.GroupNorm):

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastunet.nn._plain import is_plain
+from fastunet._plain import is_plain
 from fastunet.nn.group_norm import normalize
 
 LAYERS = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")

@@ -1,56 +1,44 @@
-"""A block of a third party, registered from outside."""
+"""A block of a third party, registered from outside: the code of docs/adapters.md."""
 
 import copy
+import re
+from pathlib import Path
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastunet
 from fastunet import hosts
-from fastunet.hosts import Left, Swap
 from fastunet.kernels import recording, use_backend
-from fastunet.nn.group_norm import normalize
+
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 
 
-class Block(nn.Module):
-    """A block that no host knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.conv = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(nn.functional.silu(self.norm(x)))
-
-
-class FusedBlock(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(normalize(self.norm, x, activation="silu"))
-
-
-def visit(name, module):
-    if type(module) in (Block, FusedBlock):
-        yield Swap(name, module, FusedBlock, ("group_norm_silu",))
-    elif isinstance(module, Block):
-        yield Left(name, "subclass", f"{type(module).__name__} may compute something else")
-
-
-class Other(Block):
-    pass
+@pytest.fixture
+def page(monkeypatch):
+    """The names that the page defines."""
+    monkeypatch.setattr(hosts, "HOSTS", copy.copy(hosts.HOSTS))
+    names = {"__name__": __name__}
+    exec(re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1], names)
+    return names
 
 
 @torch.no_grad()
-def test_a_registered_block_is_fused_and_restored(monkeypatch):
-    model, x = nn.Sequential(Block(), Other()), torch.randn(2, 8, 4, 4)
-    assert fastunet.explain(model).sites == {}
-    monkeypatch.setattr(hosts, "HOSTS", copy.copy(hosts.HOSTS))
-    hosts.register(__name__, visit)
-    expected = model(x)
+def test_a_registered_block_is_fused_and_restored(page):
+    Block = page["Block"]
+
+    class Other(Block):
+        pass
+
+    model, args = nn.ModuleList([Block(), Other()]), (torch.randn(2, 8, 4, 4), torch.randn(2, 8))
+    expected = [block(*args) for block in model]
     report = fastunet.accelerate(model)
-    assert report.sites == {"0": ("group_norm_silu",)}
+    assert report.sites == {"0": ("group_norm_silu", "time_embedding")}
     assert [(row.site, row.reason) for row in report.left] == [("1", "subclass")]
     with use_backend("torch"), recording() as ran:
-        assert torch.equal(model(x), expected)
+        assert all(torch.equal(block(*args), e) for block, e in zip(model, expected, strict=True))
     assert ran == [("group_norm", "torch")]
+    assert fastunet.accelerate(model).sites == report.sites
     fastunet.restore(model)
     assert [type(block) for block in model] == [Block, Other]

@@ -12,7 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 # All kinds of layers that LoRA files are made for; the middle block has one of each.
-LORA = r"mid_block\..*\.(to_[qkv]|to_out\.0|proj_in|time_emb_proj|conv[12]|ff\.net\.(0\.proj|2))"
+LAYERS = r"(to_[qkv]|to_out\.0|proj_in|time_emb_proj|conv[12]|ff\.net\.(0\.proj|2))"
+LORA = rf"mid(dle)?_block\..*\.{LAYERS}"
 
 
 def add_lora(model: Any, name: str = "one", seed: int = 0) -> None:

@@ -23,7 +23,9 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import adapters
 
 SD15, SDXL, OURS = "diffusers SD 1.5", "diffusers SDXL", "fastunet.models"
-EVERY = (SD15, SDXL, OURS)
+LDM, MONAI = "CompVis ldm", "MONAI"
+TEXT = (SD15, SDXL, OURS, LDM)  # attention to a text context
+EVERY = (*TEXT, MONAI)
 ADDED = "added_cond_kwargs"
 
 Change = Callable[[Any], object]
@@ -115,8 +117,8 @@ ATTENTION = {
         has_effect=False,
         rounded=(SD15, SDXL),
     ),
-    "154 tokens of text": Feature(call=text(2 * 77), hosts=EVERY),
-    "300 tokens of text": Feature(call=text(300), hosts=EVERY),
+    "154 tokens of text": Feature(call=text(2 * 77), hosts=TEXT, rounded=(LDM,)),
+    "300 tokens of text": Feature(call=text(300), hosts=TEXT, rounded=(LDM,)),
     "encoder_attention_mask, bool": Feature(call=mask(PART, ALL)),
     "encoder_attention_mask, float": Feature(call=mask(PART, ALL, dtype=torch.float32)),
     "encoder_attention_mask, 3-D": Feature(call=mask([PART], [ALL])),
@@ -178,11 +180,11 @@ CONDITIONS = {
 
 # SDXL projects tokens: a layer in place of proj_in gets a transposed view of them in eager, and
 # dense ones in ours.
-lora = functools.partial(Feature, rounded=(SDXL,))
+lora = functools.partial(Feature, rounded=(SDXL, LDM))
 add, two, delete = adapters.add_lora, adapters.add_two, adapters.remove_lora
 
 ADAPTERS = {
-    "LoRA": lora(add, delete, hosts=EVERY),
+    "LoRA": lora(add, delete, hosts=TEXT),
     "LoRA from a file": lora(adapters.load_lora, lambda unet: unet.unload_lora()),
     "LoRA scaled at the call": lora(
         add, delete, lambda: {"cross_attention_kwargs": {"scale": 0.5}}
@@ -259,12 +261,18 @@ def model_offload(model: nn.Module) -> None:
 
 
 WEIGHTS = {
-    "EMA": Feature(ema, lambda m: m._average[0].restore(m.parameters()), hosts=EVERY),
+    "EMA": Feature(
+        ema, lambda m: m._average[0].restore(m.parameters()), hosts=EVERY, rounded=(LDM,)
+    ),
     "layerwise casting": Feature(layerwise_casting),
-    "torchao int8 weights": Feature(quantize, hosts=EVERY),
-    "model offload": Feature(model_offload, no_offload, hosts=EVERY, has_effect=False),
+    "torchao int8 weights": Feature(quantize, hosts=EVERY, rounded=(LDM,)),
+    "model offload": Feature(
+        model_offload, no_offload, hosts=EVERY, has_effect=False, rounded=(LDM,)
+    ),
     "dispatch_model": Feature(dispatch, no_offload, has_effect=False),
-    "sequential offload": Feature(offload, no_offload, hosts=EVERY, has_effect=False),
+    "sequential offload": Feature(
+        offload, no_offload, hosts=EVERY, has_effect=False, rounded=(LDM,)
+    ),
     "group offload, blocks": Feature(
         group_offload("block_level"), no_group_offload, has_effect=False
     ),
@@ -273,5 +281,5 @@ WEIGHTS = {
     ),
 }
 
-FEATURES = {"nothing": Feature(hosts=EVERY, has_effect=False)}
+FEATURES = {"nothing": Feature(hosts=EVERY, has_effect=False, rounded=(LDM,))}
 FEATURES |= ATTENTION | CONDITIONS | ADAPTERS | WEIGHTS

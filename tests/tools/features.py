@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastunet
 import small_unets
-from changes import ADDED, FEATURES, OURS, SD15, SDXL, Feature
+from changes import ADDED, FEATURES, LDM, MONAI, OURS, SD15, SDXL, Feature
 from fastunet.testing import to_double
 
 PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
@@ -40,7 +41,7 @@ class Host:
         return fused(fastunet.explain(self.build()))
 
 
-def _small(host: str, family: str) -> Host:
+def _small(host: str, family: str, build: Callable[..., nn.Module] | None = None) -> Host:
     (sample, timestep, context), usual = small_unets.make_inputs(host, family)
 
     def run(
@@ -52,13 +53,49 @@ def _small(host: str, family: str) -> Host:
         args, kwargs = to_double(inputs) if exact else inputs
         return small_unets.run(model, *args, **kwargs)
 
-    return Host(functools.partial(small_unets.small, host, family), run)
+    return Host(build or functools.partial(small_unets.small, host, family), run)
+
+
+def _ldm(**options: Any) -> nn.Module:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return _shaken(
+        UNetModel(
+            image_size=8, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1,
+            channel_mult=(1, 2), attention_resolutions=(1,), num_heads=2, legacy=False,
+            use_spatial_transformer=True, transformer_depth=1, context_dim=24, **options,
+        )
+    )  # fmt: skip
+
+
+def _monai(**options: Any) -> nn.Module:
+    from monai.networks.nets import DiffusionModelUNet  # takes seconds to import
+
+    return _shaken(
+        DiffusionModelUNet(
+            spatial_dims=2, in_channels=4, out_channels=4, channels=(32, 64),
+            attention_levels=(False, True), num_res_blocks=1, num_head_channels=8,
+            with_conditioning=True, cross_attention_dim=24, transformer_num_layers=1, **options,
+        )
+    )  # fmt: skip
+
+
+def _shaken(model: nn.Module) -> nn.Module:
+    """Nothing stays at zero: neither last convolutions nor biases."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.3 if parameter.ndim == 1 else 0.02
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model.eval()
 
 
 HOSTS = {
     SD15: _small("diffusers", "sd15"),
     SDXL: _small("diffusers", "sdxl"),
     OURS: _small("fastunet", "sd15"),
+    LDM: _small("fastunet", "sd15", _ldm),
+    MONAI: _small("fastunet", "sd15", _monai),
 }
 
 HEAD = """# What stays fused under what

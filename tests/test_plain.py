@@ -1,12 +1,14 @@
 """is_plain: when a fused forward may read a child's parameters instead of calling the child."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrize
 
-from fastunet.nn._plain import is_plain
+from fastunet._plain import is_plain, is_wrapped
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def quantised(norm):
 
 
 def own_forward(norm):
-    norm.forward = norm.forward
+    norm.forward = functools.partial(norm.forward)
 
 
 CHANGES = {
@@ -84,3 +86,13 @@ def test_a_global_hook_counts(norm, register):
     finally:
         hook.remove()
     assert is_plain(norm, nn.GroupNorm)
+
+
+def test_the_classs_own_forward_on_the_instance_wraps_nothing():
+    layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    layer.forward = layer.forward  # as a hook of accelerate's leaves it
+    assert not is_wrapped(layer) and is_plain(layer, nn.Linear)
+    layer.forward = other.forward
+    assert is_wrapped(layer)
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    assert is_wrapped(layer) and not is_plain(layer, nn.Linear)
