@@ -142,11 +142,9 @@ def wants_gradient(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def is_watched(tensors: list[Tensor]) -> bool:
-    """Whether somebody must see the op: autograd, torch.compile, or a mode such as make_fx's."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return wants_gradient(tensors)
+def is_traced() -> bool:
+    """Whether torch.compile, or a mode such as make_fx's, must see the op."""
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def is_transformed(tensors: list[Tensor]) -> bool:
@@ -245,13 +243,15 @@ def next_power_of_2(n: int) -> int:
 
 def rows(x: Tensor) -> Tensor:
     """x [N, C, *S] as [N, C, S] with space or channels dense; other layouts are copied to NCHW."""
-    shape = (x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+    samples, channels, *space = x.shape
+    shape = (samples, channels, math.prod(space))
     try:
         view = x.view(shape)
     # The dimensions of space do not collapse into one; a fake tensor says so by a ValueError.
     except (RuntimeError, ValueError):
         return x.contiguous().view(shape)
-    dense = any(view.stride(dim) == 1 or shape[dim] == 1 for dim in (1, 2))
+    _, stride_c, stride_s = view.stride()
+    dense = stride_c == 1 or stride_s == 1 or channels == 1 or shape[2] == 1
     return view if dense else x.contiguous().view(shape)
 
 

@@ -1,14 +1,15 @@
 """An op as PyTorch knows it: which backend a call takes, its registration, and its gradients.
 
-A call that nobody differentiates, compiles or watches goes straight to the launcher. Every other
-one goes through torch.ops.fastunet, which autograd, torch.compile and torch.export know:
+A call that nobody compiles or watches goes straight to the launcher. Every other one goes through
+torch.ops.fastunet, which torch.compile and torch.export know:
 
     public function -> Operator.__call__ -+-> launcher                                   inference
+                                          +-> _Gradients -> _run_forward                 training
                                           +-> torch.ops.fastunet.x                       the rest
                                           |     autograd: _differentiate   kernel: _run_forward
                                           +-> the reference                CPU, or nothing fits
 
-and backwards _Gradients.backward -> torch.ops.fastunet.x_backward -> _run_backward. Where a kernel
+and backwards _Gradients.backward -> _run_backward, or torch.ops.fastunet.x_backward. Where a kernel
 does not compile and nobody asked for it by name, _run_forward and _run_backward compute with the
 reference what the kernel would have: a compiled graph that holds the op stays right.
 """
@@ -103,8 +104,10 @@ class Operator:
             raise NotImplementedError(f"{self.name} on backend 'triton': {reason}")
         if reason or (fallback and (vendor or _launch.is_broken(self.name, tensors))):
             return self._reference(args)
-        if _launch.is_watched(tensors):
+        if _launch.is_traced():
             results = _all(self.registered(*args, fallback))
+        elif _launch.wants_gradient(tensors):
+            results = _all(_Gradients.apply(self, None, *args, fallback))
         else:
             results = self._attempt(self.name, self.forward, args, tensors, fallback, save=False)
             if results is None:
@@ -185,7 +188,11 @@ class Operator:
                 needs[index] = True
         found = {-1: grads[0]}
         if any(needs) and any(grad is not None for grad in grads):
-            results = self.registered_backward(*grads[: self.results], *kept, needs, ctx.fallback)
+            args = (*grads[: self.results], *kept, needs, ctx.fallback)
+            tensors = _tensors(args)
+            seen = _launch.is_traced() or _launch.is_transformed(tensors)
+            seen = seen or torch.is_grad_enabled()  # for a second derivative
+            results = (self.registered_backward if seen else self._run_backward)(*args)
             found.update(zip(_positions(needs), results, strict=True))
         gradients: list[Tensor | None] = [None] * len(wanted)
         for at, index in self.gradients:
@@ -232,12 +239,15 @@ class Operator:
 
 
 class _Gradients(torch.autograd.Function):
-    """torch.ops.fastunet.<name>, recorded: (operator, dispatch keys, *arguments)."""
+    """The op, recorded: (operator, dispatch keys or None round the dispatcher, *arguments)."""
 
     @staticmethod
     def forward(ctx: Any, operator: Operator, keyset: Any, *args: Any) -> Any:
         ctx.operator = operator
-        output = _below_autograd(operator.registered, keyset, args)
+        if keyset is None:
+            output = operator._run_forward(*args)
+        else:
+            output = _below_autograd(operator.registered, keyset, args)
         operator.set_up(ctx, args, output)
         return output
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, host_of, join
-from fastunet.kernels._launch import is_transformed, is_watched
+from fastunet.kernels._launch import is_traced, is_transformed
 from fastunet.nn import GroupNorm
 from fastunet.nn.group_norm import fused_norm
 
@@ -80,7 +80,7 @@ class Pending(Tensor):
 
 def may_wait(norm: nn.GroupNorm, x: Tensor) -> bool:
     """Only where nothing differentiates, traces or transforms, and nothing looks at the norm."""
-    if torch.is_grad_enabled() or is_watched([x]) or is_transformed([x]):
+    if torch.is_grad_enabled() or is_traced() or is_transformed([x]):
         return False
     if torch._C._get_tracing_state() is not None:
         return False

@@ -81,20 +81,35 @@ def test_opcheck(op, name, make):
     torch.library.opcheck(operator.registered_backward, (*grads, *kept, needs, False))
 
 
-def test_eager_inference_stays_off_the_registered_op(op, monkeypatch):
+def test_eager_calls_stay_off_the_registered_ops(op, monkeypatch):
     def refuse(*args):
         raise AssertionError("the registered op was called")
 
     made = op_calls.arguments(op)
     expected = op_calls.outputs(op, made)
-    monkeypatch.setattr(op_calls.operator(op), "registered", refuse)
+
+    def gradients(**options):
+        leaves = op_calls.leaves(op, made)
+        inputs = [leaves[name] for name in op_calls.differentiable(op, leaves)]
+        results = op_calls.outputs(op, leaves)
+        assert_same([result.detach() for result in results], expected)
+        upstream = [torch.ones_like(result) for result in results]
+        return torch.autograd.grad(results, inputs, upstream, **options)
+
+    through = gradients(create_graph=True)  # by the registered op, which refuses to go on
+    operator = op_calls.operator(op)
+    monkeypatch.setattr(operator, "registered", refuse)
+    monkeypatch.setattr(operator, "registered_backward", refuse)
     assert_same(op_calls.outputs(op, made), expected)
     with torch.inference_mode():
         assert_same(op_calls.outputs(op, made), expected)
     with torch.no_grad():
         assert_same(op_calls.outputs(op, op_calls.leaves(op, made)), expected)
+    assert_same(gradients(), [gradient.detach() for gradient in through])
     with pytest.raises(AssertionError, match="the registered op was called"):
-        op_calls.outputs(op, op_calls.leaves(op, made))
+        gradients(create_graph=True)
+    with pytest.raises(AssertionError, match="the registered op was called"):
+        make_fx(lambda: op_calls.outputs(op, made))()
 
 
 def test_training_and_inference_give_the_same_bits(op):
