@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastunet import graph, hosts
+from fastunet import _merged, graph, hosts
 from fastunet._plain import is_wrapped
 from fastunet.hosts import Left, Swap
 from fastunet.hosts._subclass import seen_class
@@ -108,6 +108,8 @@ def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) ->
             swap.module.__dict__.pop("forward", None)
             swap.module.__dict__[_MARK] = _Plan(swap)
             swap.module.__class__ = swap.replacement
+    for module in _marked(model):
+        _merged.pack(_merged.projections(module))
     if cuda_graph:
         for part in _wholes(model):
             graph.attach(part)
@@ -136,6 +138,7 @@ def restore(model: Any) -> None:
     for _, module in _named_modules(model):
         graph.detach(module)
     for module in marked:
+        _merged.unpack(_merged.projections(module))
         module.__dict__.pop("forward", None)
         module.__class__ = module.__dict__.pop(_MARK).original
 

@@ -93,7 +93,8 @@ def _compare_site(
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         exact = [copy.deepcopy(link).double() for link in plain]
-        exact[0]._forward_hooks.popitem()  # this hook, the last one; the user's stay
+        for link in exact:
+            _take_off(link)
         ours, ran = _run(fused, args, kwargs)
         for link in plain[1:]:
             output = link(output)
@@ -102,6 +103,14 @@ def _compare_site(
             rows.append(replace(compare(site, *row), backend=ran))
 
     return hook
+
+
+def _take_off(model: nn.Module) -> None:
+    """The hooks of sites, this one's and those inside it; the user's stay."""
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            if hook.__qualname__.startswith(_compare_site.__name__):
+                del module._forward_hooks[number]
 
 
 def _run(chain: list[nn.Module], args: Any, kwargs: Any) -> tuple[list[Tensor], str]:

@@ -111,6 +111,7 @@ def test_every_site_of_the_published_models_is_replaced(
     report = fastunet.accelerate(model, strict=True)
     assert report.left == []
     assert report.replaced == {
+        "add_layer_norm": 2 * cross,
         "cross_attention": cross,
         "geglu": cross,
         "group_norm": norm,
@@ -166,6 +167,7 @@ def test_a_report_reads_as_a_table(unet):
     report = fastunet.accelerate(unet)
     assert str(report).splitlines() == [
         "replaced",
+        "    8  add_layer_norm",
         "    4  cross_attention",
         "    4  geglu",
         "    4  group_norm",

@@ -153,7 +153,8 @@ FAULTS = {
 def test_a_fault_is_found_at_its_site(unet, monkeypatch, site, fault):
     unet.get_submodule(site).planted = site
     plant(monkeypatch, site, FAULTS[fault])
-    assert failed_sites(unet) == {site}
+    failed = failed_sites(unet)  # and at most the transformer's block that it is in
+    assert site in failed and all(site.startswith(name) for name in failed)
 
 
 def faulty_group_norm(monkeypatch, **change):

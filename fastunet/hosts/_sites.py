@@ -74,6 +74,25 @@ def transformer(
         yield Swap(site, block, fused, ())
 
 
+def block(
+    site: str, block: Any, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    """A transformer's block: the additions of its residuals with the norms that follow them."""
+    ops = tuple("add_layer_norm" for norm in added_norms(block))
+    if seen_class(block) not in (plain, fused):
+        yield Left(site, "subclass", f"{type(block).__name__} may compute something else")
+    elif is_wrapped(block):
+        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    elif ops:
+        yield Swap(site, block, fused, ops)
+
+
+def added_norms(block: Any) -> list[nn.LayerNorm]:
+    """Those of norm2 and norm3 that can be one with the addition before."""
+    norms = (block.norm2, block.norm3)
+    return [norm for norm in norms if is_plain(norm, nn.LayerNorm)]
+
+
 def image(tokens: Tensor, like: Tensor) -> Tensor:
     """tokens [N, T, C] -> [N, C, H, W], of the size and in the memory layout of ``like``."""
     out = tokens.unflatten(1, like.shape[2:]).movedim(-1, 1)

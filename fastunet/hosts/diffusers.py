@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, _chunked_feed_forward
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -22,6 +23,7 @@ from fastunet import kernels
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.nn.attention import attend, extra_part
 from fastunet.nn.group_norm import normalize
+from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual, unlike_plain
 
 # Those that compute softmax(query key^T * scale + mask) value: some with the layer's own scale, one
@@ -87,6 +89,39 @@ class FusedGEGLU(GEGLU):
         return kernels.geglu(self.proj(hidden_states))
 
 
+class FusedTransformerBlock(BasicTransformerBlock):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        if cross_attention_kwargs or not is_fused_block(self):
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
+                timestep, cross_attention_kwargs, *args, **kwargs,  # pyright: ignore
+            )  # fmt: skip
+        block: Any = self
+        own = encoder_hidden_states if self.only_cross_attention else None
+        x, normed = hidden_states, block.norm1(hidden_states)
+        h = block.attn1(normed, encoder_hidden_states=own, attention_mask=attention_mask)
+        x, normed = add_normalize(block.norm2, h, x)
+        h = block.attn2(
+            normed,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=encoder_attention_mask,
+        )
+        x, normed = add_normalize(block.norm3, h, x)
+        if block._chunk_size is None:
+            return block.ff(normed) + x
+        return _chunked_feed_forward(block.ff, normed, block._chunk_dim, block._chunk_size) + x
+
+
 class FusedTransformer2DModel(Transformer2DModel):
     """Keeps the memory layout of its input, where diffusers' own returns NCHW."""
 
@@ -103,6 +138,12 @@ class FusedTransformer2DModel(Transformer2DModel):
         if self.use_linear_projection:
             return _sites.image(self.proj_out(hidden_states), residual) + residual
         return self.proj_out(_sites.image(hidden_states, residual)) + residual
+
+
+def is_fused_block(block: BasicTransformerBlock) -> bool:
+    """Whether it is three residuals around attention, attention and a feed-forward net."""
+    plain = block.norm_type == "layer_norm" and block.pos_embed is None
+    return plain and block.attn2 is not None
 
 
 def why_not(attention: Attention) -> tuple[str, str] | None:
@@ -127,6 +168,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
             yield from _sites.attention(name, module, is_cross, Attention, FusedAttention)
     elif isinstance(module, GEGLU):
         yield from _sites.geglu(name, module, GEGLU, FusedGEGLU)
+    elif isinstance(module, BasicTransformerBlock) and is_fused_block(module):
+        yield from _sites.block(name, module, BasicTransformerBlock, FusedTransformerBlock)
     elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
         yield from _sites.transformer(name, module, Transformer2DModel, FusedTransformer2DModel)
     elif isinstance(module, HEADS):

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from fastunet import kernels
 from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, join
+from fastunet.hosts._sites import added_norms
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import fused_norm, normalize
+from fastunet.nn.layer_norm import add_normalize
 
 PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
 
@@ -150,6 +152,23 @@ def unlike_resnet_block(block: Any) -> tuple[str, str] | None:
     return None
 
 
+class FusedTransformerBlock(nn.Module):
+    def _forward(self: Any, x: Tensor, context: Any = None, **kwargs: Any) -> Tensor:
+        if any(kwargs.values()):  # tokens beside, and frames of a video, in sgm
+            return super()._forward(x, context=context, **kwargs)  # pyright: ignore
+        own = context if self.disable_self_attn else None
+        x, h = add_normalize(self.norm2, self.attn1(self.norm1(x), context=own), x)
+        x, h = add_normalize(self.norm3, self.attn2(h, context=context), x)
+        return self.ff(h) + x
+
+
+def unlike_transformer_block(block: Any) -> tuple[str, str] | None:
+    """(reason code, detail) of what FusedTransformerBlock would not fuse, or None."""
+    if len(added_norms(block)) < 2:
+        return "not_plain", "norm2 or norm3 has hooks or another class"
+    return None
+
+
 class FusedOut(nn.Sequential):
     """The end of a U-Net: norm, SiLU, convolution; or a part of it, where it was sliced."""
 
@@ -176,6 +195,11 @@ KINDS: dict[str, tuple[type, Any, tuple[str, ...]]] = {
         FusedAttentionBlock,
         unlike_attention_block,
         ("group_norm", "self_attention"),
+    ),
+    "BasicTransformerBlock": (
+        FusedTransformerBlock,
+        unlike_transformer_block,
+        ("add_layer_norm", "add_layer_norm"),
     ),
     "GEGLU": (FusedGEGLU, lambda _: None, ("geglu",)),
     "ResnetBlock": (

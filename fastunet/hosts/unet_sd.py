@@ -9,6 +9,7 @@ from fastunet.hosts import Left, Swap, _sites
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import normalize
+from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual
 
 
@@ -25,6 +26,13 @@ class FusedAttention(unet_sd.Attention):
 class FusedGEGLU(unet_sd.GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.geglu(self.proj(x))
+
+
+class FusedTransformerBlock(unet_sd.TransformerBlock):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x, h = add_normalize(self.norm2, self.attn1(self.norm1(x)), x)
+        x, h = add_normalize(self.norm3, self.attn2(h, context), x)
+        return x + self.ff(h)
 
 
 class FusedTransformer(unet_sd.Transformer):
@@ -50,6 +58,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         yield from _sites.attention(name, module, is_cross, unet_sd.Attention, FusedAttention)
     elif isinstance(module, unet_sd.GEGLU):
         yield from _sites.geglu(name, module, unet_sd.GEGLU, FusedGEGLU)
+    elif isinstance(module, unet_sd.TransformerBlock):
+        yield from _sites.block(name, module, unet_sd.TransformerBlock, FusedTransformerBlock)
     elif isinstance(module, unet_sd.Transformer):
         yield from _sites.transformer(name, module, unet_sd.Transformer, FusedTransformer)
     elif isinstance(module, unet_sd.UNet):

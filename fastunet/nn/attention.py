@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastunet import kernels
+from fastunet import _merged, kernels
 
 # Parts of diffusers' Attention that change the result and that ours does not compute.
 EXTRAS = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "added_kv_proj_dim")
@@ -77,9 +77,12 @@ def attend(
     """Call the layer's projections around the fused attention; mask and scale are those of
     :func:`fastunet.kernels.attention`, ``merged`` takes to_qkv and to_kv for to_q, to_k, to_v.
     """
-    tokens = x if context is None else context
     if not merged:
-        query, key, value = layer.to_q(x), layer.to_k(tokens), layer.to_v(tokens)
+        if context is None:
+            query, key, value = _merged.linear((layer.to_q, layer.to_k, layer.to_v), x)
+        else:
+            query = layer.to_q(x)
+            key, value = _merged.linear((layer.to_k, layer.to_v), context)
     elif context is None:
         query, key, value = layer.to_qkv(x).chunk(3, dim=-1)
     else:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastunet import kernels
+from fastunet._plain import is_plain
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -45,3 +46,15 @@ class AddLayerNorm(nn.LayerNorm):
             x.to(wide), residual.to(wide), weight, bias, self.eps
         )
         return total.to(dtype), normed
+
+
+def add_normalize(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + residual, norm(x + residual)): fused where ``norm`` is a plain LayerNorm over features
+    and no autocast changes a dtype, around it elsewhere.
+    """
+    alike = (x.shape, x.dtype) == (residual.shape, residual.dtype)
+    if alike and is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+        if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+            return kernels.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    total = x + residual
+    return total, norm(total)

@@ -9,6 +9,7 @@ from torch import nn
 import small_unets
 from fastunet.kernels import recording, use_backend
 from fastunet.nn import AddLayerNorm
+from fastunet.nn.layer_norm import add_normalize
 from fastunet.testing import DTYPES, assert_gradients
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -129,3 +130,23 @@ def test_bad_input_is_named():
         fused(torch.ones(3, 8), torch.ones(1, 8))
     with pytest.raises(ValueError, match=r"must end in normalized_shape \[4, 5\]"):
         AddLayerNorm((4, 5))(torch.ones(3, 4, 5), torch.ones(3, 4, 5))
+
+
+@torch.no_grad()
+def test_add_normalize_is_fused_only_where_the_norm_is_plain(norm, device):
+    x, residual = torch.randn(2, 3, 20, device=device)
+    total = x + residual
+    cases = {"plain": norm, "hooked": copy.deepcopy(norm), "other": nn.RMSNorm(20)}
+    cases["hooked"].register_forward_hook(lambda *_: None)
+    cases["over two dimensions"] = nn.LayerNorm((3, 20), device=device)
+    for name, each in cases.items():
+        each.to(device)
+        with use_backend("torch"), recording() as ran:
+            found = add_normalize(each, x, residual)
+        assert torch.equal(found[0], total) and torch.equal(found[1], each(total))
+        assert len(ran) == (name == "plain"), name
+    with use_backend("torch"), recording() as ran:
+        add_normalize(norm, x.half(), residual)
+        with torch.autocast(device, torch.bfloat16):
+            add_normalize(norm, x, residual)
+    assert not ran
