@@ -23,6 +23,7 @@ PYTHON = sys.executable
 OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = "eager-nchw,accelerated-nchw,graphed-nchw,eager-nhwc,accelerated-nhwc,graphed-nhwc"
+LAYOUTS += ",looped-nhwc"
 # Steps are shell commands; those of a list run at once.
 STEPS: dict[str, dict[str, list[str]]] = {
     "parity": {
@@ -44,7 +45,8 @@ STEPS: dict[str, dict[str, list[str]]] = {
             " --ignore {here}/../tests/kernels/test_mutants.py"
         ],
         "graphs": [
-            "{python} -m pytest {here}/../tests/test_graph.py -k natively -q -p no:cacheprovider"
+            "{python} -m pytest {here}/../tests/test_graph.py {here}/../tests/test_merged.py"
+            " -k natively -q -p no:cacheprovider -n 4"
         ],
     },
     "bench": {
@@ -68,7 +70,7 @@ STEPS: dict[str, dict[str, list[str]]] = {
             ("sd15", "", "--parity --profile --variants " + LAYOUTS),
             ("sdxl", "", "--parity --profile --variants " + LAYOUTS),
             ("sd15", "-train", "--train --variants eager-nchw,accelerated-nchw"),
-            ("sd15", "-batch8", "--batch 8 --variants eager-nhwc,accelerated-nhwc,graphed-nhwc"),
+            ("sd15", "-batch8", "--batch 8 --variants eager-nhwc,accelerated-nhwc,looped-nhwc"),
             ("sd15", "-compiled", "--parity --variants compiled-nhwc"),
         )
     },

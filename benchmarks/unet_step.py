@@ -6,6 +6,7 @@ of plain calls. benchmarks/gpu.py runs it, with tests/tools on the path.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import time
@@ -100,15 +101,17 @@ def main(args: argparse.Namespace) -> None:
         model = copy.deepcopy(unet)
         if layout == "nhwc":
             model = model.to(memory_format=torch.channels_last)
-        if kind in ("accelerated", "graphed", "both"):
-            fastunet.accelerate(model, cuda_graph=kind == "graphed")
+        graphed = kind in ("graphed", "looped")
+        if graphed or kind in ("accelerated", "both"):
+            fastunet.accelerate(model, cuda_graph=graphed)
+        loop = fastunet.sampling(model) if kind == "looped" else contextlib.nullcontext()
         function = model
         if kind in ("compiled", "autotuned", "both"):
             mode = "max-autotune-no-cudagraphs" if kind == "autotuned" else None
             function = torch.compile(model, mode=mode, fullgraph=True)
         results["variants"][name] = row = {}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), loop:
                 call = partial(first_output, function, inputs)
                 output = call()
                 row["first_call_s"] = time.perf_counter() - start
@@ -117,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
                     row["rms_error"] = (off.square().mean() / truth.square().mean()).sqrt().item()
                 if device == "cuda" and args.profile:
                     results["kernels"][name] = kernel_times(call)
-                if kind == "graphed":
+                if graphed:
                     row["equal"] = all(torch.equal(call(), output) for _ in range(3))
                 else:
                     row["us"], row["low"], row["high"] = timing.measure([call], args.rounds)

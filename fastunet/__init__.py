@@ -5,6 +5,7 @@ fastunet.check(unet, *inputs)        # parity on your own model and inputs, agai
 fastunet.restore(unet)               # as it was
 """
 
+from fastunet._constants import sampling
 from fastunet.accelerate import Report, accelerate, explain, is_accelerated, restore
 from fastunet.check import Parity, check
 from fastunet.info import Info, info
@@ -21,4 +22,5 @@ __all__ = [
     "info",
     "is_accelerated",
     "restore",
+    "sampling",
 ]

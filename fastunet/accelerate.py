@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from fastunet import _merged, graph, hosts
+from fastunet._constants import Pipeline
 from fastunet._plain import is_wrapped
 from fastunet.hosts import Left, Swap
-from fastunet.hosts._subclass import seen_class
+from fastunet.hosts._subclass import seen_class, subclass
 
 _MARK = "_fastunet"
 COMPONENTS = ("unet", "controlnet", "vae")  # of a diffusers pipeline
@@ -110,6 +111,8 @@ def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) ->
             swap.module.__class__ = swap.replacement
     for module in _marked(model):
         _merged.pack(_merged.projections(module))
+    if not isinstance(model, nn.Module) and seen_class(model) is type(model):
+        model.__class__ = subclass(Pipeline, type(model))
     if cuda_graph:
         for part in _wholes(model):
             graph.attach(part)
@@ -135,6 +138,8 @@ def restore(model: Any) -> None:
             raise RuntimeError(f"undo first what made {type(module).__name__} of a replaced module")
         if is_wrapped(module):
             raise RuntimeError(f"undo first what wrapped forward of a {type(module).__name__}")
+    if not isinstance(model, nn.Module):
+        model.__class__ = seen_class(model)
     for _, module in _named_modules(model):
         graph.detach(module)
     for module in marked:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastunet._constants import sampling
+
 __all__ = ["DDIM", "DDPM", "NoiseSchedule", "Sampler", "noise_prediction_loss", "sample"]
 
 
@@ -310,7 +312,8 @@ def sample(
     x_t = _randn_like(x_t, generator) if noise is None else noise.to(x_t)
 
     batches = timesteps.to(x_t.device)[:, None].repeat(1, len(context))  # [steps, N or 2N]
-    with _progress_bar(steps) if progress else nullcontext(lambda: None) as advance:
+    bar = _progress_bar(steps) if progress else nullcontext(lambda: None)
+    with sampling(model), bar as advance:
         for index, timestep in enumerate(timesteps.tolist()):
             model_input = torch.cat([x_t, x_t]) if guided else x_t
             prediction = _predict_noise(model, model_input, batches[index], context, conditions)

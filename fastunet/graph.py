@@ -4,27 +4,30 @@ A step of a U-Net at a small batch is thousands of launches, and Python takes lo
 than a GPU to run them. A replay gives the same bits: it runs the same kernels.
 """
 
+import contextlib
 import functools
 import inspect
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastunet import _constants
+from fastunet._constants import Constants
+from fastunet._graph_state import PLAIN, State, kind_of, outside_inference, surroundings
 from fastunet._plain import is_wrapped
 from fastunet.hosts._subclass import seen_class, subclass
 
 MARK = "_fastunet_graphs"
 MOST = 8  # kinds of call that are remembered; the one unused for longest goes
 TIMESTEP = ("timestep", "timesteps")  # of their numbers a tensor is made: each step has its own
-PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
 class Graphed:
@@ -101,15 +104,24 @@ class _Captured:
     inputs: list[Tensor]
     outputs: list[Any]
     spec: Any
+    # Of a sampling loop: (place of the text among the inputs, layer, its key and value), and for
+    # what these were last written.
+    constants: list[tuple[int, Any, Sequence[Tensor]]]
+    written: Any = None
 
 
 class Graphs:
     """The graphs of one model, and the state that the model had when they were captured."""
 
+    # It is an attribute of the model, and no part of the state that is compared.
+    __slots__ = ("_cuda", "_kinds", "_lock", "_state", "_told")
+
     def __init__(self) -> None:
         self._cuda = Cuda()
-        self._kinds: OrderedDict[Any, _Captured | str | None] = OrderedDict()  # str: why it failed
-        self._state: _State | None = None
+        # Where it was called once: the layers that keep key and value of an input, with its place
+        # among them. str: why it cannot be captured.
+        self._kinds: OrderedDict[Any, _Captured | str | list[tuple[int, Any]]] = OrderedDict()
+        self._state: State | None = None
         self._told: set[str] = set()
         self._lock = threading.RLock()
 
@@ -128,28 +140,29 @@ class Graphs:
         return sum(isinstance(kind, _Captured) for kind in self._kinds.values())
 
     def call(self, model: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _outside_inference(model) or self._cuda.busy():
+        if torch.compiler.is_compiling() or outside_inference(model) or self._cuda.busy():
             return forward(*args, **kwargs)
         with self._lock:
             if self._state is None or not self._state.still_holds():
                 self.clear()
-                self._state = _State(model, self._cuda)
+                self._state = State(model, self._cuda.holds)
             args, kwargs = _timestep_as_tensor(model, args, kwargs)
             leaves, spec = tree_flatten((args, kwargs))
             reason = self._state.reason or self._unfit(leaves)
             if reason is None:
-                key = (spec, *map(_kind, leaves), *_surroundings(leaves))
-                known = key in self._kinds
-                graph = self._kinds.setdefault(key, None)
+                loop = _constants.active()
+                key = (spec, *map(kind_of, leaves), *surroundings(leaves), loop is not None)
+                graph = self._kinds.get(key)
+                if graph is None:
+                    # The first call compiles kernels and picks algorithms: it runs as it is.
+                    found = forward(*args, **kwargs)
+                    self._keep(key, loop, model, leaves)
+                    return found
                 self._kinds.move_to_end(key)
-                while len(self._kinds) > MOST:
-                    self._cuda.finish()
-                    self._kinds.popitem(last=False)
-                # The first call of a kind compiles kernels and picks algorithms: it runs as it is.
-                if known and graph is None:
-                    graph = self._kinds[key] = self._capture(forward, leaves, spec)
+                if isinstance(graph, list):
+                    graph = self._kinds[key] = self._capture(forward, leaves, spec, loop, graph)
                 if isinstance(graph, _Captured):
-                    return self._replay(graph, leaves)
+                    return self._replay(graph, leaves, loop)
                 reason = graph
         if reason is not None and reason not in self._told:
             self._told.add(reason)
@@ -170,17 +183,39 @@ class Graphs:
                 return f"an argument is a {type(leaf).__name__}"
         return None
 
-    def _capture(self, forward: Any, leaves: list[Any], spec: Any) -> _Captured | str:
+    def _keep(
+        self, key: Any, loop: Constants | None, model: nn.Module, leaves: list[Any]
+    ) -> None:  # fmt: skip
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        layers = [] if loop is None else [loop.layers_of(tensor, model) for tensor in tensors]
+        self._kinds[key] = [(i, layer) for i, found in enumerate(layers) for layer in found]
+        while len(self._kinds) > MOST:
+            self._cuda.finish()
+            self._kinds.popitem(last=False)
+
+    def _capture(
+        self, forward: Any, leaves: list[Any], spec: Any, loop: Constants | None,
+        layers: list[tuple[int, Any]],
+    ) -> _Captured | str:  # fmt: skip
         with torch.inference_mode(False), torch.no_grad():
             held = [torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x for x in leaves]
         inputs = [leaf for leaf in held if isinstance(leaf, Tensor)]
         versions = [leaf._version for leaf in inputs]
         args, kwargs = tree_unflatten(held, spec)
+        constants, within = [], contextlib.nullcontext()
+        if loop is not None:
+            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            with torch.inference_mode(False), torch.no_grad():
+                for i, layer in layers:
+                    values = [value.clone() for value in loop.of(layer, given[i])]
+                    constants.append((i, layer, values))
+            within = loop.standing_in([(layer, inputs[i], kept) for i, layer, kept in constants])
         # What autocast has cast before would be read where it lay: it is cast within the graph.
         torch.clear_autocast_cache()
         self._cuda.wait()
         try:
-            replay, outputs = self._cuda.capture(lambda: forward(*args, **kwargs))
+            with within:
+                replay, outputs = self._cuda.capture(lambda: forward(*args, **kwargs))
         except Exception as failure:  # whatever cannot be captured can still be called
             return f"it cannot be captured: {' '.join(str(failure).split())[:300]}"
         finally:
@@ -191,69 +226,25 @@ class Graphs:
         for leaf in found:
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 return f"it returns a {type(leaf).__name__}"
-        return _Captured(replay, inputs, found, out_spec)
+        return _Captured(replay, inputs, found, out_spec, constants)
 
-    def _replay(self, graph: _Captured, leaves: list[Any]) -> Any:
+    def _replay(self, graph: _Captured, leaves: list[Any], loop: Constants | None) -> Any:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._cuda.wait()
         for held, given in zip(graph.inputs, tensors, strict=True):
             held.copy_(given)
+        if loop is not None and graph.constants:
+            stamps = [loop.stamp(layer, tensors[i]) for i, layer, _ in graph.constants]
+            texts = [tensors[i] for i in sorted({i for i, _, _ in graph.constants})]
+            if None in stamps or not _same(graph.written, loop, texts, stamps):
+                for i, layer, kept in graph.constants:
+                    for old, new in zip(kept, loop.of(layer, tensors[i]), strict=True):
+                        old.copy_(new)
+                graph.written = [weakref.ref(each) for each in (loop, *texts)], stamps
         graph.replay()
         outputs = [out.clone() if isinstance(out, Tensor) else out for out in graph.outputs]
         self._cuda.done(tensors[0].device)
         return tree_unflatten(outputs, graph.spec)
-
-
-class _State:
-    """All that a forward reads beside its arguments: where weights lie, and every attribute.
-
-    Values of the weights may change: a replay reads them anew.
-    """
-
-    def __init__(self, model: nn.Module, cuda: Cuda) -> None:
-        modules = list(model.modules())
-        watched: list[dict[str, Any]] = [module.__dict__ for module in modules]
-        for module in modules:
-            for value in module.__dict__.values():  # an attention processor
-                own = getattr(value, "__dict__", None)
-                others = isinstance(value, (nn.Module, Tensor, Graphs, type, dict))
-                if isinstance(own, dict) and not others and not inspect.isroutine(value):
-                    watched.append(own)
-        self._watched = [(attributes, _copied(attributes)) for attributes in watched]
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.reason = self._unfit(modules, cuda)
-        self._addresses = None if self.reason else self._where()
-
-    def _where(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self.tensors]
-
-    def _unfit(self, modules: list[nn.Module], cuda: Cuda) -> str | None:
-        for module in modules[1:]:
-            hooks = (module._forward_hooks, module._forward_pre_hooks)
-            if any(hooks) or is_wrapped(module):
-                return f"a {type(module).__name__} in it has hooks or a forward of its own"
-        for tensor in self.tensors:
-            if type(tensor) not in (Tensor, nn.Parameter):
-                return f"its weights are of type {type(tensor).__name__}"
-            if not cuda.holds(tensor):
-                return f"weights are on {tensor.device}"
-        return None
-
-    def still_holds(self) -> bool:
-        try:
-            same = all(attributes == copied for attributes, copied in self._watched)
-        except Exception:  # tensors beside each other have no truth value: they are others
-            return False
-        return same and (self.reason is not None or self._where() == self._addresses)
-
-
-def _copied(value: Any) -> Any:
-    """Containers copied, what they hold by identity."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return set(value) if isinstance(value, set) else value
 
 
 def _warn(model: nn.Module, reason: str) -> None:
@@ -261,30 +252,11 @@ def _warn(model: nn.Module, reason: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def _kind(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return type(leaf), leaf
-
-
-def _surroundings(leaves: list[Any]) -> tuple[Any, ...]:
-    """What else PyTorch's ops obey."""
-    device = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return (
-        autocast,
-        torch.is_inference_mode_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-def _outside_inference(model: nn.Module) -> bool:
-    """Also under what watches every op or module, which a replay would pass by."""
-    hooked = _module._global_forward_hooks or _module._global_forward_pre_hooks
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return bool(torch.is_grad_enabled() or model.training or hooked or modes)
+def _same(written: Any, loop: Constants, texts: list[Tensor], stamps: list[Any]) -> bool:
+    """Whether loop and texts are the very same, and all else is equal."""
+    if written is None or written[1] != stamps:
+        return False
+    return all(ref() is each for ref, each in zip(written[0], (loop, *texts), strict=True))
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,58 +7,17 @@ Python value as it was, and reads weights and arguments from where they lay.
 import copy
 import pickle
 import warnings
-from unittest import mock
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
 
 import fastunet
 import small_unets
 from fastunet import graph
 from fastunet.kernels import use_backend
-
-
-class Recorded(graph.Cuda):
-    """Graphs on a CPU, and how often they were made and used."""
-
-    def __init__(self):
-        self.captured = self.replayed = 0
-
-    def holds(self, tensor):
-        return not tensor.is_meta
-
-    def busy(self):
-        return False
-
-    def capture(self, call):
-        self.captured += 1
-        outputs, results = None, []
-
-        def record():
-            nonlocal outputs
-            outputs = call()
-            results[:] = (x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor))
-            return results
-
-        with mock.patch("torch.compiler.is_compiling", return_value=True):  # our U-Net looks at t
-            ops = make_fx(record)()
-        for result in results:
-            result.fill_(float("nan"))  # a capture computes nothing
-
-        def replay():
-            self.replayed += 1
-            for result, value in zip(results, ops(), strict=True):
-                result.copy_(value)
-
-        return replay, outputs
-
-    def wait(self): ...
-    def done(self, device): ...
-    def finish(self): ...
+from recorded_graphs import Recorded
 
 
 @pytest.fixture(autouse=True)
@@ -416,6 +375,14 @@ def test_graphs_natively(host):
                 runs.same(image, 4, context)
         for _ in range(2):
             with torch.autocast("cuda"):
+                runs.same(image, 4, context)
+        for _ in range(2):
+            with fastunet.sampling(runs.model):
+                for text in (context, context, context, -context, context):
+                    runs.same(image, 4, text)
+                context.mul_(2)
+                runs.same(image, 4, context)
+                change_weights(runs.model), change_weights(runs.eager)
                 runs.same(image, 4, context)
         waits = Odd(lambda x: x * x.sum().item()).cuda().eval()
         fastunet.accelerate(waits, cuda_graph=True)

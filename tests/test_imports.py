@@ -14,13 +14,14 @@ STANDARD = set(sys.stdlib_module_names)
 # Part of the package -> the parts that it may import. What stands further down may import what
 # stands further up, never the other way. A new module gets its row here.
 TENSORS = {"kernels"}
-HOSTS = TENSORS | {"_plain", "_merged", "nn", "hosts"}
+HOSTS = TENSORS | {"_plain", "_merged", "_constants", "nn", "hosts"}
 PASSES = {
     "accelerate",
     "check",
     "checkpoints",
     "configs",
     "diffusion",
+    "_graph_state",
     "graph",
     "sampling",
     "testing",
@@ -33,7 +34,8 @@ ARROWS: dict[str, set[str]] = {
     "models": {"models"},
     "_plain": set(),
     "_merged": {"_plain"},
-    "nn": TENSORS | {"_plain", "_merged", "nn"},
+    "_constants": {"_plain", "_merged"},
+    "nn": TENSORS | {"_plain", "_merged", "_constants", "nn"},
     "hosts": HOSTS | {"models"},
     "layouts": set(),
     **dict.fromkeys(PASSES, LIBRARY),

@@ -2,8 +2,7 @@
 
 import copyreg
 import functools
-
-from torch import nn
+from typing import Any
 
 
 class Subclass(type):
@@ -11,7 +10,7 @@ class Subclass(type):
 
 
 @functools.cache
-def subclass(fused: type, plain: type[nn.Module]) -> type[nn.Module]:
+def subclass(fused: type, plain: type) -> type[Any]:
     """A subclass of ``plain`` whose forward is that of ``fused``, the same one at every call.
 
     A ``transparent`` one keeps the name of the plain class, which a saved configuration tells.
@@ -20,8 +19,8 @@ def subclass(fused: type, plain: type[nn.Module]) -> type[nn.Module]:
     return Subclass(named.__name__, (fused, plain), {"__module__": named.__module__})
 
 
-def seen_class(module: nn.Module) -> type:
-    """The module's class behind a transparent one."""
+def seen_class(module: object) -> type[Any]:
+    """The module's class, or a pipeline's, behind a transparent one."""
     own = type(module)
     if isinstance(own, Subclass) and "transparent" in vars(own.__bases__[0]):
         return own.__bases__[1]

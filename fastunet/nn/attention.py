@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastunet import _merged, kernels
+from fastunet import _constants, _merged, kernels
 
 # Parts of diffusers' Attention that change the result and that ours does not compute.
 EXTRAS = ("norm_q", "norm_k", "norm_cross", "spatial_norm", "added_kv_proj_dim")
@@ -82,7 +82,7 @@ def attend(
             query, key, value = _merged.linear((layer.to_q, layer.to_k, layer.to_v), x)
         else:
             query = layer.to_q(x)
-            key, value = _merged.linear((layer.to_k, layer.to_v), context)
+            key, value = _constants.key_and_value(layer, context)
     elif context is None:
         query, key, value = layer.to_qkv(x).chunk(3, dim=-1)
     else:
