@@ -26,6 +26,7 @@ from fastunet._plain import is_wrapped
 from fastunet.hosts._subclass import seen_class, subclass
 
 MARK = "_fastunet_graphs"
+SYNCHRONIZING = "called a synchronizing CUDA operation"  # PyTorch's words
 MOST = 8  # kinds of call that are remembered; the one unused for longest goes
 TIMESTEP = ("timestep", "timesteps")  # of their numbers a tensor is made: each step has its own
 
@@ -67,7 +68,7 @@ class Cuda:
     """All that is asked of CUDA; a test without a GPU puts something else in its place."""
 
     def __init__(self) -> None:
-        self._pool = self._last = None
+        self._last, self._live = None, weakref.WeakSet[torch.cuda.CUDAGraph]()
 
     def holds(self, tensor: Tensor) -> bool:
         return tensor.is_cuda
@@ -75,13 +76,38 @@ class Cuda:
     def busy(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def first(self, call: Callable[[], Any]) -> tuple[Any, bool]:
+        """(the result of a plain call, whether it waited for the GPU, which no graph can do)."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                result = call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        waits = [each for each in told if SYNCHRONIZING in str(each.message)]
+        for each in told:
+            if each not in waits:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        return result, bool(waits)
+
     def capture(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """(what replays the call, its outputs, which each replay overwrites)."""
-        # Graphs of one model never run at once, and their outputs are held: they share memory.
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            outputs = call()
+        # Graphs of one model never run at once, and their outputs are held: they share memory,
+        # which is gone with the last of them.
+        graph, other = torch.cuda.CUDAGraph(), next(iter(self._live), None)
+        pool, before = other and other.pool(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                outputs = call()
+        except Exception:
+            # PyTorch leaves its own stream, and a generator that is still in the capture.
+            torch.cuda.set_stream(before)
+            generator = torch.cuda.default_generators[before.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
+        self._live.add(graph)
         return graph.replay, outputs
 
     def wait(self) -> None:
@@ -155,8 +181,10 @@ class Graphs:
                 graph = self._kinds.get(key)
                 if graph is None:
                     # The first call compiles kernels and picks algorithms: it runs as it is.
-                    found = forward(*args, **kwargs)
+                    found, waited = self._cuda.first(lambda: forward(*args, **kwargs))
                     self._keep(key, loop, model, leaves)
+                    if waited:
+                        self._kinds[key] = "its forward waits for the GPU"
                     return found
                 self._kinds.move_to_end(key)
                 if isinstance(graph, list):

@@ -4,6 +4,7 @@ Without a GPU a recording of the forward's aten ops stands for the graph: like o
 Python value as it was, and reads weights and arguments from where they lay.
 """
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -18,6 +19,8 @@ import small_unets
 from fastunet import graph
 from fastunet.kernels import use_backend
 from recorded_graphs import Recorded
+
+RealCuda = graph.Cuda
 
 
 @pytest.fixture(autouse=True)
@@ -343,6 +346,48 @@ def test_a_wrapped_forward_is_no_place_for_a_graph(runs):
         runs.same()
 
 
+def test_a_forward_that_waits_for_the_gpu_is_not_captured(runs, monkeypatch):
+    monkeypatch.setattr(Recorded, "first", lambda self, call: (call(), True))
+    with pytest.warns(UserWarning, match="without a CUDA graph: its forward waits for the GPU"):
+        for _ in range(3):
+            runs.same()
+    assert runs.counts == (0, 0)
+
+
+class FakeCuda:
+    """As PyTorch's functions for one capture: pools are numbers, and die with their last graph."""
+
+    def __init__(self):
+        self.pools, self.streams = [], []
+
+    class Graph:
+        def __init__(self):
+            self.own = object()
+
+        def pool(self):
+            return self.own
+
+        def replay(self): ...
+
+    def graph(self, graph, pool, capture_error_mode):
+        self.pools.append(pool)
+        graph.own = pool or graph.own
+        return contextlib.nullcontext()
+
+
+def test_memory_is_shared_by_graphs_that_live(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeCuda.Graph)
+    monkeypatch.setattr(torch.cuda, "graph", fake.graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    cuda = RealCuda()
+    kept = [cuda.capture(lambda: 1)[0] for _ in range(3)]
+    assert fake.pools[0] is None and fake.pools[1] is fake.pools[2] is not None
+    kept.clear()
+    kept.append(cuda.capture(lambda: 1)[0])
+    assert fake.pools[3] is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("host", ["diffusers", "fastunet"])
 def test_graphs_natively(host):
@@ -387,7 +432,16 @@ def test_graphs_natively(host):
         waits = Odd(lambda x: x * x.sum().item()).cuda().eval()
         fastunet.accelerate(waits, cuda_graph=True)
         x = torch.ones(3, device="cuda")
-        with pytest.warns(UserWarning, match="cannot be captured"):
+        with pytest.warns(UserWarning, match="its forward waits for the GPU"):
             for _ in range(3):
                 assert waits(x).eq(3).all()
+        torch.randn(2, device="cuda"), runs.same(image, 4, context)
+        fails = Odd(lambda x: x if torch.cuda.is_current_stream_capturing() is False else 1 / 0)
+        fastunet.accelerate(fails.cuda().eval(), cuda_graph=True)
+        stream = torch.cuda.current_stream()
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            for _ in range(3):
+                assert torch.equal(fails(x), x)
+        assert torch.cuda.current_stream() == stream
+        torch.randn(2, device="cuda")
         runs.same(image, 4, context)  # a capture that failed harms no other
