@@ -103,7 +103,7 @@ def _in_a_row(layers: Sequence[Any]) -> bool:
 
 def _adjacent(parts: Sequence[Tensor | None]) -> bool:
     first = parts[0]
-    if first is None or first.is_meta:
+    if first is None or first.is_meta or not first.is_contiguous():
         return False
     kind, start = (first.dtype, first.shape[1:], first.stride()), first.data_ptr()
     place = start

@@ -103,11 +103,17 @@ def replace(model):
             module.to_k.weight = torch.nn.Parameter(2 * module.to_k.weight)
 
 
+def replace_data(model):
+    for module in model.modules():
+        if hasattr(module, "to_k"):
+            module.to_v.weight.data = 2 * module.to_v.weight
+
+
 def move(model):
     model.double().float()
 
 
-@pytest.mark.parametrize("change", [edit, replace, move])
+@pytest.mark.parametrize("change", [edit, replace, replace_data, move])
 def test_changed_weights_are_seen(change, loop):
     with fastunet.sampling(loop.model):
         loop.same()
@@ -135,8 +141,12 @@ def test_a_lora_is_switched_midway():
 
 def test_gradients_and_inference_mode_are_computed_as_without(loop, computed):
     with fastunet.sampling(loop.model) as kept:
+        loop.same()
         with torch.enable_grad():
             loop.same()
+            small_unets.run(loop.model, loop.image, loop.timestep, loop.context).sum().backward()
+        weights = [m.to_k.weight for m in loop.model.modules() if hasattr(m, "to_k")]
+        assert all(weight.grad is not None for weight in weights)
         with torch.inference_mode():
             for _ in range(2):
                 loop.same(torch.randn(2, 5, 24))
@@ -144,6 +154,8 @@ def test_gradients_and_inference_mode_are_computed_as_without(loop, computed):
         with torch.inference_mode():  # of a text that was made outside of it edits are counted
             for _ in range(2):
                 loop.same()
+            loop.context.mul_(2)
+            loop.same()
         assert kept.nbytes > 0
 
 
@@ -244,11 +256,12 @@ def test_beside_graphs(loop, monkeypatch, computed):
             assert computed() == before + 5 * loop.layers
             text.mul_(2)
             loop.same(text)
-            loop.same(torch.randn(2, 5, 24))
+            for _ in range(2):
+                loop.same(torch.randn(2, 5, 24))
             loop.same(text)
             loop.both(edit)
             loop.same(text)
-        assert (cuda.captured, cuda.replayed) == (1, 8 * prompt + 7)
+        assert (cuda.captured, cuda.replayed) == (1, 9 * prompt + 8)
     for _ in range(3):
         loop.same(text)
     assert cuda.captured == 2  # without the loop it is another graph

@@ -83,7 +83,22 @@ def one_bias(layers):
     layers[0].bias = nn.Parameter(torch.ones(16))
 
 
+def turned(which):
+    """Each weight in its place, but those named transposed there."""
+
+    def change(layers):
+        whole = torch.randn(3, 16 * 24)
+        for number, layer in enumerate(layers):
+            rows, columns = (24, 16) if number in which else (16, 24)
+            data = whole[number].view(rows, columns)
+            layer.weight.data = data.T if number in which else data
+
+    return change
+
+
 APART = {
+    "all transposed": turned((0, 1, 2)),
+    "one transposed": turned((1,)),
     "LoRA": lora,
     "a new parameter": assigned,
     "moved by to()": other_dtype,
