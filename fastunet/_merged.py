@@ -57,7 +57,7 @@ def linear(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
         return [layer(x) for layer in layers]
     weights, biases = _parameters(layers)
     bias = None if biases[0] is None else _whole(biases)
-    return F.linear(x, _whole(weights), bias).split(_rows(weights), dim=-1)
+    return torch.split_with_sizes(F.linear(x, _whole(weights), bias), _rows(weights), dim=-1)
 
 
 def _is_eager_inference(x: Tensor) -> bool:

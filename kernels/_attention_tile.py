@@ -188,16 +188,6 @@ def padded(head_dim: int) -> int:
     return max(_launch.next_power_of_2(head_dim), 16)
 
 
-def fp32_precision(tensor: Tensor) -> str:
-    """fp32 products are fp32, unless PyTorch has been told that TF32 will do for matmuls."""
-    if tensor.dtype != torch.float32 or torch.version.hip:  # most AMD targets have no TF32
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and up, where the older switch may raise
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
-
-
 def fitting_warps(tensor: Tensor, rows: int, most: int) -> int:
     """``most``, but on Hopper no more than four for each 64 rows of a product.
 

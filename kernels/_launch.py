@@ -134,7 +134,10 @@ def why_not_triton(tensors: list[Tensor], by_name: bool = False) -> str | None:
     if device == "cpu" and any(t.dtype == torch.bfloat16 for t in tensors) and not _faithful():
         return "bf16 in the interpreter is wrong without fastunet.interpreter.make_faithful()"
     if not _plain(tensors):
-        return "its kernels take plain tensors, no subclass and none inside vmap, jvp or a trace"
+        return (
+            "its kernels take plain tensors, no subclass, no negated view and none inside vmap, "
+            "jvp or a trace"
+        )
     return None
 
 
@@ -165,7 +168,8 @@ def _transformed(tensors: list[Tensor]) -> bool:
 def _plain(tensors: list[Tensor]) -> bool:
     if torch.compiler.is_compiling():  # the registered op looks for transforms
         return all(type(t) in (Tensor, Parameter, FakeTensor) for t in tensors)
-    if any(type(t) not in (Tensor, Parameter) for t in tensors):
+    # Of a negated view memory holds the opposite; only PyTorch's dispatcher would negate it.
+    if any(type(t) not in (Tensor, Parameter) or t.is_neg() for t in tensors):
         return False
     return torch._C._get_tracing_state() is None and not is_transformed(tensors)
 
@@ -208,6 +212,16 @@ def accumulator(tensor: Tensor) -> Any:
 def wide(tensor: Tensor) -> torch.dtype:
     """The same for a tensor that passes sums or statistics from one launch to the next."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def fp32_precision(tensor: Tensor) -> str:
+    """fp32 products are fp32, unless PyTorch has been told that TF32 will do for matmuls."""
+    if tensor.dtype != torch.float32 or torch.version.hip:  # most AMD targets have no TF32
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and up, where the older switch may raise
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def processors(tensor: Tensor) -> int:

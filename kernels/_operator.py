@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from fastunet.kernels import _launch, reference
+from fastunet.kernels._plan import Launcher
 
-Launcher = Callable[..., Any]
+Function = Callable[..., Any]
 _LIBRARY = torch.library.Library("fastunet", "FRAGMENT")
 # Fakes promise strides for the strides that they see, so Inductor must not choose others.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -56,12 +57,12 @@ class Operator:
         arguments: str,
         gradients: dict[str, int],
         *,
-        forward: Launcher,
-        fake: Launcher,
+        forward: Function,
+        fake: Function,
         keep: Callable[[Sequence[Any], Sequence[Tensor]], tuple[Any, ...]],
         kept: str,
-        backward: Launcher,
-        fake_backward: Launcher,
+        backward: Function,
+        fake_backward: Function,
         again: Callable[..., Sequence[Any]],
         results: int = 1,
         saved: int = 0,
@@ -69,8 +70,8 @@ class Operator:
         self.name, self.results = name, results
         self.names = [argument.split()[-1] for argument in arguments.split(", ")]
         self.gradients = [(self.names.index(name), index) for name, index in gradients.items()]
-        self.forward, self.fake, self.keep = forward, fake, keep
-        self.backward, self.fake_backward, self.again = backward, fake_backward, again
+        self.forward, self.backward = Launcher(forward), Launcher(backward)
+        self.fake, self.fake_backward, self.keep, self.again = fake, fake_backward, keep, again
         outputs = ", ".join(["Tensor"] * (results + saved))
         grads = "Tensor grad" if results == 1 else "Tensor? grad0, Tensor? grad1"
         self.registered = _register(

@@ -36,7 +36,6 @@ from fastunet.kernels._attention_tile import (
     _total,
     dense_columns,
     fitting_warps,
-    fp32_precision,
     mask_arguments,
     padded,
     score_scale,
@@ -44,6 +43,7 @@ from fastunet.kernels._attention_tile import (
     streams,
 )
 from fastunet.kernels._operator import Operator
+from fastunet.kernels._plan import launch
 from fastunet.kernels.attention_backward import backward, fake_backward
 
 # Told no limit, ptxas spills a few registers where one more program would then fit a processor.
@@ -234,11 +234,11 @@ def _forward(
         d1, d2 = split(head_dim)
         kernel, outputs = _streaming_kernel, (out, statistics if save else None)
         sizes = {"D1": d1, "D2": d2, "BLOCK_N": tile.keys, "ACC": _launch.accumulator(query)}
-    kernel[grid](
-        *outputs, query, key, value, mask, scale, queries, keys,
+    launch(
+        kernel, grid, *outputs, query, key, value, mask, scale, queries, keys,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *mask_strides,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_M=tile.queries, **sizes,
-        MASK=mask_kind, PRECISION=fp32_precision(query),
+        MASK=mask_kind, PRECISION=_launch.fp32_precision(query),
         num_warps=fitting_warps(query, tile.queries, tile.num_warps),
         num_stages=tile.num_stages,
         **(FP32_OPTIONS if query.element_size() == 4 else {}),

@@ -14,12 +14,12 @@ from fastunet.kernels import _attention_d_key_value, _attention_d_query, _launch
 from fastunet.kernels._attention_tile import (
     dense_columns,
     fitting_warps,
-    fp32_precision,
     mask_arguments,
     padded,
     score_scale,
     split,
 )
+from fastunet.kernels._plan import launch
 
 
 def backward(
@@ -49,7 +49,7 @@ def backward(
     d1, d2 = split(head_dim)
     options = {
         "HEADS": heads, "HEAD_DIM": head_dim, "MASK": mask_kind,
-        "PRECISION": fp32_precision(query),
+        "PRECISION": _launch.fp32_precision(query),
     }  # fmt: skip
     parts = {"D1": d1, "D2": d2}
     acc, wide = _launch.accumulator(query), _launch.wide(query)
@@ -65,19 +65,13 @@ def backward(
     if statistics is None:
         statistics = query.new_empty((batch, heads, 2, queries), dtype=wide)
         n1, n2 = split(keys)
-        _attention_d_query._one_tile_d_query_kernel[grid](
-            d_query,
-            statistics,
-            delta,
-            *inputs,
-            D=padded(head_dim),
-            N1=n1,
-            N2=n2,
-            **sizes,
-            **options,
-        )
+        launch(
+            _attention_d_query._one_tile_d_query_kernel, grid, d_query, statistics, delta, *inputs,
+            D=padded(head_dim), N1=n1, N2=n2, **sizes, **options,
+        )  # fmt: skip
     else:
-        _attention_d_query._streaming_d_query_kernel[grid](
+        launch(
+            _attention_d_query._streaming_d_query_kernel, grid,
             d_query, statistics, delta, out, *inputs, BLOCK_N=tile.keys, ACC=acc,
             **sizes, **parts, **options,
         )  # fmt: skip
@@ -95,7 +89,8 @@ def backward(
     together = [sums] if head_dim <= 128 else [(sums[0], None), (None, sums[1])]
     for pair in together:  # past 128 the registers hold the sums of one
         if any(t is not None for t in pair):
-            _attention_d_key_value._d_key_value_kernel[(programs * slices,)](
+            launch(
+                _attention_d_key_value._d_key_value_kernel, (programs * slices,),
                 *pair, statistics, delta, *inputs, batch,
                 _launch.cdiv(steps, slices) * tile.queries,
                 BLOCK_M=tile.queries, BLOCK_N=tile.keys, ACC=acc,

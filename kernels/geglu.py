@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
 from fastunet.kernels._operator import Operator
+from fastunet.kernels._plan import launch
 
 
 @triton.jit
@@ -99,7 +100,8 @@ def _forward(x: Tensor, save: bool) -> tuple[Tensor]:
     x_rows = _launch.tokens(x)
     rows, features = x_rows.shape[0], y.shape[-1]
     block_r, block_d = launch_table(features)
-    _geglu_kernel[_grid(rows, features, block_r, block_d)](
+    launch(
+        _geglu_kernel, _grid(rows, features, block_r, block_d),
         y, x_rows, rows, x_rows.stride(0),
         D=features, BLOCK_R=block_r, BLOCK_D=block_d, ACC=_launch.accumulator(x),
     )  # fmt: skip
@@ -113,7 +115,8 @@ def _backward(grad: Tensor, x: Tensor, needs: list[bool]) -> list[Tensor]:
     d_y_rows, x_rows = _launch.tokens(grad), _launch.tokens(x)
     rows, features = d_y_rows.shape
     block_r, block_d = launch_table(features)
-    _geglu_backward_kernel[_grid(rows, features, block_r, block_d)](
+    launch(
+        _geglu_backward_kernel, _grid(rows, features, block_r, block_d),
         d_x, d_y_rows, x_rows, rows, d_y_rows.stride(0), x_rows.stride(0),
         D=features, BLOCK_R=block_r, BLOCK_D=block_d, ACC=_launch.accumulator(x),
     )  # fmt: skip

@@ -42,6 +42,7 @@ from fastunet.kernels._group_norm_tile import (
     strides,
 )
 from fastunet.kernels._operator import Operator
+from fastunet.kernels._plan import launch
 from fastunet.kernels.group_norm_backward import backward, fake_backward
 
 WARPS = 4
@@ -230,7 +231,8 @@ def _forward(
         slices, phases = x.new_empty(shape, dtype=_launch.wide(x)), [REDUCE, APPLY]
     grid = (samples * _launch.cdiv(num_groups, tile.groups) * tile.slices,)
     for phase in phases:
-        _group_norm_kernel[grid](
+        launch(
+            _group_norm_kernel, grid,
             y_rows, saved, slices, rows, skip_rows, weight, bias, shift, scale_shift,
             space, _launch.cdiv(_launch.cdiv(space, tile.space), tile.slices), phase.value,
             *y_rows.stride(), *rows.stride(), *strides(skip_rows), stride_shift, stride_scale,

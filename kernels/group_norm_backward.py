@@ -43,6 +43,7 @@ from fastunet.kernels._group_norm_tile import (
     launch_table,
     strides,
 )
+from fastunet.kernels._plan import launch
 
 
 @triton.jit
@@ -329,7 +330,8 @@ def backward(
             channel_sums = x.new_empty((samples, channels, tile.slices, 3), dtype=wide)
     grid = (samples * _launch.cdiv(num_groups, tile.groups) * tile.slices,)
     for phase in phases:
-        _group_norm_backward_kernel[grid](
+        launch(
+            _group_norm_backward_kernel, grid,
             d_x_rows, d_skip_rows, d_affine, d_shift, d_scale_shift, group_sums, channel_sums,
             grad_rows, statistics, rows, skip_rows, weight, bias, shift, scale_shift,
             space, _launch.cdiv(_launch.cdiv(space, tile.space), tile.slices), phase.value,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
 from fastunet.kernels._operator import Operator
+from fastunet.kernels._plan import launch
 
 MAX_FEATURES = 8192  # of a row that registers hold
 
@@ -157,7 +158,8 @@ def _forward(
     weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
     rows, features = x_rows.shape
     block_r, block_d, warps = launch_table(features)
-    _add_layer_norm_kernel[(_launch.cdiv(rows, block_r),)](
+    launch(
+        _add_layer_norm_kernel, (_launch.cdiv(rows, block_r),),
         total, normed, statistics, x_rows, residual_rows, weight, bias,
         rows, float(eps), x_rows.stride(0), residual_rows.stride(0),
         D=features, BLOCK_R=block_r, BLOCK_D=block_d, ACC=_launch.accumulator(x), num_warps=warps,
@@ -197,7 +199,8 @@ def _backward(
     parts = None
     if needs[1] or needs[2]:
         parts = total.new_empty((2, programs, features), dtype=_launch.wide(total))
-    _add_layer_norm_backward_kernel[(programs,)](
+    launch(
+        _add_layer_norm_backward_kernel, (programs,),
         d_x, parts, d_total_rows, d_normed_rows, total, weight, statistics,
         rows, slice_rows, 0 if d_total_rows is None else d_total_rows.stride(0),
         d_normed_rows.stride(0),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
 from fastunet.kernels._operator import Operator
+from fastunet.kernels._plan import launch
 
 
 @triton.jit
@@ -103,7 +104,8 @@ def _forward(x: Tensor, emb: Tensor, save: bool) -> tuple[Tensor]:
     samples, channels, space = x_rows.shape
     block_c, block_s = launch_table(channels, space, _launch.is_channels_last(x_rows))
     grid = (samples * _launch.cdiv(channels, block_c) * _launch.cdiv(space, block_s),)
-    _add_time_embedding_kernel[grid](
+    launch(
+        _add_time_embedding_kernel, grid,
         y_rows, x_rows, emb.contiguous(), space, *y_rows.stride(), *x_rows.stride(),
         C=channels, BLOCK_C=block_c, BLOCK_S=block_s, ACC=_launch.accumulator(x),
     )  # fmt: skip
@@ -132,7 +134,8 @@ def _backward(grad: Tensor, dtype: torch.dtype, needs: list[bool]) -> list[Tenso
 def _sum_over_space(sums: Tensor, rows: Tensor, slices: int, block_c: int, block_s: int) -> None:
     samples, channels, space = rows.shape
     steps = _launch.cdiv(_launch.cdiv(space, block_s), slices)
-    _sum_over_space_kernel[(samples * _launch.cdiv(channels, block_c) * slices,)](
+    launch(
+        _sum_over_space_kernel, (samples * _launch.cdiv(channels, block_c) * slices,),
         sums, rows, space, steps * block_s, *rows.stride(),
         C=channels, BLOCK_C=block_c, BLOCK_S=block_s, ACC=_launch.accumulator(rows),
     )  # fmt: skip

@@ -75,7 +75,6 @@ MUTANTS = {
         "a row without a key is divided by 0": [("tl.where(total == 0.0, 1.0, total)", "total")],
         "mask read along the wrong axis": [("tl.int64)[None, :] * stride_column", "tl.int64)[None, :] * stride_row")],
         "an additive mask scaled": [("scores += mask.to(scores.dtype)", "scores += mask.to(scores.dtype) * scale")],
-        "TF32 for fp32": [('"tf32" if matmul.fp32_precision == "tf32" else "ieee"', '"tf32"')],
     },
     "attention": {
         "sum not rescaled": [("total * shrink", "total")],
@@ -85,6 +84,7 @@ MUTANTS = {
         "first head's queries": [("query_ptr += b * stride_qb + h * HEAD_DIM", "query_ptr += b * stride_qb")],
         "key's stride for the value": [("_tile(value_ptr, n1, N, stride_vn, 0", "_tile(value_ptr, n1, N, stride_kn + 1, 0")],
         "weights not normalised": [("out1 / total[:, None], out2 / total[:, None]", "out1, out2")],
+        "TF32 for fp32": [("PRECISION=_launch.fp32_precision(query)", 'PRECISION="tf32"')],
         "every head has the first one's mask": [("b * stride_mb + h.to(tl.int64) * stride_mh", "b * stride_mb")],
     },
     "_attention_d_query": {
