@@ -9,6 +9,7 @@ from fastunet._constants import sampling
 from fastunet.accelerate import Report, accelerate, explain, is_accelerated, restore
 from fastunet.check import Parity, check
 from fastunet.info import Info, info
+from fastunet.tune import Tuning, tune
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "Info",
     "Parity",
     "Report",
+    "Tuning",
     "accelerate",
     "check",
     "explain",
@@ -23,4 +25,5 @@ __all__ = [
     "is_accelerated",
     "restore",
     "sampling",
+    "tune",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastunet import _merged, graph, hosts
+from fastunet import _merged, _tables, graph, hosts
 from fastunet._constants import Pipeline
 from fastunet._plain import is_wrapped
 from fastunet.hosts import Left, Swap
@@ -109,13 +109,16 @@ def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) ->
             swap.module.__dict__.pop("forward", None)
             swap.module.__dict__[_MARK] = _Plan(swap)
             swap.module.__class__ = swap.replacement
-    for module in _marked(model):
+    marked = _marked(model)
+    for module in marked:
         _merged.pack(_merged.projections(module))
     if not isinstance(model, nn.Module) and seen_class(model) is type(model):
         model.__class__ = subclass(Pipeline, type(model))
     if cuda_graph:
         for part in _wholes(model):
             graph.attach(part)
+    for device in {p.device for m in marked for p in m.parameters() if not p.is_meta}:
+        _tables.load(device)
     return _survey(model)[1] if cuda_graph else report
 
 

@@ -74,10 +74,10 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
         hook = _compare_site(site, fused, plain, rows)
         hooks.append(plain[0].register_forward_hook(hook, with_kwargs=True))
     with torch.no_grad():
-        eager_outputs = _tensors(eager(*args, **kwargs))
+        eager_outputs = tensors_of(eager(*args, **kwargs))
         for hook in hooks:
             hook.remove()
-        truths = _tensors(eager.double()(*to_double(args), **to_double(kwargs)))
+        truths = tensors_of(eager.double()(*to_double(args), **to_double(kwargs)))
         outputs, ran = _run([ours], args, kwargs)
         for index, output in enumerate(outputs):
             name = "output" if len(truths) == 1 else f"output {index}"
@@ -99,7 +99,7 @@ def _compare_site(
         for link in plain[1:]:
             output = link(output)
         truths, _ = _run(exact, to_double(args), to_double(kwargs))
-        for row in zip(ours, _tensors(output), truths, strict=True):
+        for row in zip(ours, tensors_of(output), truths, strict=True):
             rows.append(replace(compare(site, *row), backend=ran))
 
     return hook
@@ -121,12 +121,12 @@ def _run(chain: list[nn.Module], args: Any, kwargs: Any) -> tuple[list[Tensor], 
         output = chain[0](*args, **kwargs)
         for link in chain[1:]:
             output = link(output)
-    return _tensors(output), "+".join(sorted({backend for _, backend in ran}))
+    return tensors_of(output), "+".join(sorted({backend for _, backend in ran}))
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
     """The tensors of a model's result: a tensor, a tuple of them, or an output object of a host."""
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output
-    return [tensor for value in values for tensor in _tensors(value)]
+    return [tensor for value in values for tensor in tensors_of(value)]

@@ -39,7 +39,7 @@ def info() -> Info:
     from fastunet.kernels import backend_of
 
     versions = {"python": platform.python_version()}
-    versions |= {name: _version(name) for name in PACKAGES}
+    versions |= {name: version_of(name) for name in PACKAGES}
     return Info(versions, device_name(), {op: backend_of(op) for op in OPS})
 
 
@@ -51,7 +51,7 @@ def device_name() -> str:
     return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

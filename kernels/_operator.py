@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunet.kernels import _launch, reference
+from fastunet.kernels import _choices, _launch, reference
 from fastunet.kernels._plan import Launcher
 
 Function = Callable[..., Any]
@@ -103,7 +103,10 @@ class Operator:
         fallback = asked == "auto"
         if reason and not fallback:
             raise NotImplementedError(f"{self.name} on backend 'triton': {reason}")
-        if reason or (fallback and (vendor or _launch.is_broken(self.name, tensors))):
+        choice = _choices.chosen(self, args, tensors, not reason) if fallback else None
+        if reason or choice == "torch" or (vendor and fallback and choice is None):
+            return self._reference(args)
+        if fallback and _launch.is_broken(self.name, tensors):
             return self._reference(args)
         if _launch.is_traced():
             results = _all(self.registered(*args, fallback))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastunet import interpreter
+from fastunet import _tables, interpreter
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -44,6 +44,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def seed():
     """Every test draws the same random numbers, alone or in any order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_tables(monkeypatch, tmp_path_factory):
+    """Nobody's tuning tables, the user's included, decide what runs here."""
+    monkeypatch.setattr(_tables, "_folder", lambda: tmp_path_factory.getbasetemp() / "tables")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ STANDARD = set(sys.stdlib_module_names)
 # Part of the package -> the parts that it may import. What stands further down may import what
 # stands further up, never the other way. A new module gets its row here.
 TENSORS = {"kernels"}
-HOSTS = TENSORS | {"_plain", "_merged", "_constants", "nn", "hosts"}
+HOSTS = TENSORS | {"_plain", "_merged", "_phases", "_constants", "nn", "hosts"}
 PASSES = {
     "accelerate",
     "check",
@@ -23,26 +23,31 @@ PASSES = {
     "diffusion",
     "_graph_state",
     "graph",
-    "sampling",
+    "_tables",
     "testing",
     "tune",
 }
-LIBRARY = HOSTS | PASSES | {"layouts", "models"}
-COMMANDS = LIBRARY | {"check_ops", "demo", "info", "interpreter", "fastunet"}
+LIBRARY = HOSTS | PASSES | {"info", "layouts", "models"}
+COMPILED = LIBRARY | {"offline", "dry_run"}
+COMMANDS = COMPILED | {"check_ops", "demo", "interpreter", "warmup", "fastunet"}
 ARROWS: dict[str, set[str]] = {
     "kernels": TENSORS,
     "models": {"models"},
     "_plain": set(),
     "_merged": {"_plain"},
-    "_constants": {"_plain", "_merged"},
+    "_phases": set(),
+    "_constants": {"_plain", "_merged", "_phases"},
     "nn": TENSORS | {"_plain", "_merged", "_constants", "nn"},
     "hosts": HOSTS | {"models"},
     "layouts": set(),
     **dict.fromkeys(PASSES, LIBRARY),
     "interpreter": TENSORS,
+    "offline": TENSORS,
+    "dry_run": COMPILED,
+    "warmup": COMPILED,
     "check_ops": COMMANDS,
     "demo": COMMANDS,
-    "info": COMMANDS,
+    "info": TENSORS,
     "cli": COMMANDS | {"cli"},
     "__main__": {"cli"},
 }
