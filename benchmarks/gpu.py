@@ -23,7 +23,8 @@ PYTHON = sys.executable
 OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = "eager-nchw,accelerated-nchw,graphed-nchw,eager-nhwc,accelerated-nhwc,graphed-nhwc"
-LAYOUTS += ",looped-nhwc"
+LAYOUTS += ",looped-nhwc,phased-nhwc"
+OF_OPS = "not boundary and not host and not sampling"
 # Steps are shell commands; those of a list run at once.
 STEPS: dict[str, dict[str, list[str]]] = {
     "parity": {
@@ -40,8 +41,9 @@ STEPS: dict[str, dict[str, list[str]]] = {
             for tool in ("memcheck", "racecheck")
         ],
         "suite": [
-            "{python} -m pytest {here}/../tests/kernels {here}/../tests/nn -n 14 -q --fuzz 100"
-            " -p no:cacheprovider -p no:benchmark --timeout 60 --tb short"
+            "{python} -m pytest {here}/../tests/kernels {here}/../tests/nn"
+            " {here}/../tests/test_tune.py -n 14 -q --fuzz 100 -p no:cacheprovider"
+            " -p no:benchmark --timeout 60 --tb short"
             " --ignore {here}/../tests/kernels/test_mutants.py"
         ],
         "graphs": [
@@ -54,11 +56,11 @@ STEPS: dict[str, dict[str, list[str]]] = {
         "sweep": ["{python} {here}/sweep.py --out {out}/sweep.json"],
         "compile": [  # by several processes, so that the next step finds all in Triton's cache
             "{python} -m pytest {here} -n 12 --benchmark-disable -q -p no:cacheprovider"
-            " -k 'not boundary'"
+            " -k '" + OF_OPS + "'"
         ],
         "ops": [
             "{python} -m pytest {here} --benchmark-only --benchmark-json {out}/ops.json -q"
-            " -p no:cacheprovider --benchmark-columns median,iqr -k 'not boundary'"
+            " -p no:cacheprovider --benchmark-columns median,iqr -k '" + OF_OPS + "'"
         ],
     },
     "unet": {
@@ -73,6 +75,15 @@ STEPS: dict[str, dict[str, list[str]]] = {
             ("sd15", "-batch8", "--batch 8 --variants eager-nhwc,accelerated-nhwc,looped-nhwc"),
             ("sd15", "-compiled", "--parity --variants compiled-nhwc"),
         )
+    }
+    | {
+        "tune": [  # with a table of its own: the steps above are those of a user without one
+            " && ".join(
+                f"XDG_CACHE_HOME={{out}}/cache {{python}} -m fastunet tune --config {family}"
+                f" --size {size} --channels-last --cuda-graph --json > {{out}}/tune-{family}.json"
+                for family, size in (("sd15", "512x512"), ("sdxl", "1024x1024"))
+            )
+        ]
     },
 }
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastunet
 import timing
 from fastunet.info import device_name
+from fastunet.nn import upsample
 from small_unets import PUBLISHED, SIZES
 
 # As diffusers is told of them; "small" is for a machine without a GPU.
@@ -101,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
         model = copy.deepcopy(unet)
         if layout == "nhwc":
             model = model.to(memory_format=torch.channels_last)
-        graphed = kind in ("graphed", "looped")
+        graphed = kind in ("graphed", "looped", "phased")
+        upsample.DEVICES = {"cuda"} if kind == "phased" else set()
         if graphed or kind in ("accelerated", "both"):
             fastunet.accelerate(model, cuda_graph=graphed)
         loop = fastunet.sampling(model) if kind == "looped" else contextlib.nullcontext()

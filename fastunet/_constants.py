@@ -1,4 +1,6 @@
-"""What stays the same over a sampling loop: key and value of the text, in every cross-attention."""
+"""What stays the same over a sampling loop: key and value of the text, in every cross-attention,
+and the sums of an upsampler's weights.
+"""
 
 import contextlib
 import threading
@@ -10,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunet import _merged
+from fastunet import _merged, _phases
 from fastunet._plain import is_plain
 
-MOST = 4  # texts that are kept
+MOST = 4  # texts that are kept, for each layer
 _local = threading.local()
 
 
@@ -21,10 +23,11 @@ _local = threading.local()
 def sampling(model: Any) -> Iterator["Constants"]:
     """Within the block, and in this thread, key and value of a text are computed once.
 
-    A text is known by its tensor: the same object, not edited since, with the weights of the layer
-    as they were. Anything else (another prompt, an edit in place, a LoRA on the layer, gradients,
-    a tensor made in inference mode, whose edits PyTorch does not count) is computed as without.
-    Only an edit through ``.data`` amid a loop, which PyTorch does not count either, is missed.
+    So are the sums of weights that an upsampler reads. A text is known by its tensor: the same
+    object, not edited since, with the weights of the layer as they were. Anything else (another
+    prompt, an edit in place, a LoRA on the layer, gradients, a tensor made in inference mode, whose
+    edits PyTorch does not count) is computed as without. Only an edit through ``.data`` amid a
+    loop, which PyTorch does not count either, is missed.
 
     Args:
         model: an accelerated model, or a pipeline of diffusers with one; the pipelines that were
@@ -57,95 +60,136 @@ def active() -> "Constants | None":
 
 def key_and_value(layer: Any, context: Tensor) -> Sequence[Tensor]:
     """``[layer.to_k(context), layer.to_v(context)]``, from before where that is known."""
+    return _of(layer, context)
+
+
+def phase_weight(conv: nn.Conv2d) -> Tensor:
+    """:func:`fastunet._phases.phase_weight` of its weight, from before where that is known."""
+    return _of(conv, conv.weight)[0]
+
+
+def forget(layer: nn.Module) -> None:
+    """What wraps a layer may edit its weights: of all that is in it nothing is known any more."""
+    constants = active()
+    if constants is not None:
+        for module in layer.modules():
+            constants.forget(module)
+
+
+def _of(layer: Any, source: Tensor) -> Sequence[Tensor]:
     constants = active()
     if constants is None or not constants.covers(layer):
-        return _merged.linear((layer.to_k, layer.to_v), context)
-    return constants.of(layer, context)
+        return _compute(layer, source)
+    return constants.of(layer, source)
+
+
+def _compute(layer: Any, source: Tensor) -> Sequence[Tensor]:
+    if isinstance(layer, nn.Conv2d):
+        return [_phases.phase_weight(source)]
+    return _merged.linear((layer.to_k, layer.to_v), source)
 
 
 @dataclass
 class _Kept:
-    context: Tensor  # held, so that no other tensor gets its id
+    # A text, or a weight, and its memory: held, so that no other tensor gets its id or its address.
+    held: tuple[Tensor, ...]
     stamp: Any
     values: Sequence[Tensor]
 
 
 class Constants:
-    """Keys and values of one sampling loop."""
+    """What the layers of one model compute of a text, or of their own weight, in one loop."""
 
     def __init__(self, model: Any) -> None:
         # Of a function that calls a model nothing is known.
         whole = isinstance(model, nn.Module)
         parts = [model] if whole else getattr(model, "components", {}).values()
         modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-        self._layers = {id(m): m for m in modules if hasattr(m, "to_k") and hasattr(m, "to_v")}
-        # id of a text -> id of a layer -> what it gives
-        self._kept: OrderedDict[int, dict[int, _Kept]] = OrderedDict()
+        self._layers = {id(module): module for module in modules}
+        # id of a layer -> id of what it reads -> what it gives
+        self._kept: dict[int, OrderedDict[int, _Kept]] = {}
 
     @property
     def nbytes(self) -> int:
-        kept = [each for layers in self._kept.values() for each in layers.values()]
+        kept = [each for sources in self._kept.values() for each in sources.values()]
         return sum(value.nbytes for each in kept for value in each.values)
 
     def clear(self) -> None:
         self._kept.clear()
 
+    def forget(self, layer: nn.Module) -> None:
+        self._kept.pop(id(layer), None)
+
     def covers(self, layer: nn.Module) -> bool:
         return id(layer) in self._layers
 
-    def of(self, layer: Any, context: Tensor) -> Sequence[Tensor]:
-        kept = self._kept.get(id(context), {}).get(id(layer))
+    def of(self, layer: Any, source: Tensor) -> Sequence[Tensor]:
+        sources = self._kept.setdefault(id(layer), OrderedDict())
+        kept = sources.get(id(source))
         if kept is not None and kept.stamp is STANDS_IN:
             return kept.values
-        stamp = self.stamp(layer, context)
+        stamp = self.stamp(layer, source)
         if kept is not None and stamp is not None and kept.stamp == stamp:
-            self._kept.move_to_end(id(context))
+            sources.move_to_end(id(source))
             return kept.values
-        values = _merged.linear((layer.to_k, layer.to_v), context)
+        values = _compute(layer, source)
         if stamp is None:  # whatever wraps a weight may have edited it by the time that it is off
-            for layers in self._kept.values():
-                layers.pop(id(layer), None)
+            self.forget(layer)
         else:
-            self._kept.setdefault(id(context), {})[id(layer)] = _Kept(context, stamp, values)
-            self._kept.move_to_end(id(context))
-            while len(self._kept) > MOST:
-                self._kept.popitem(last=False)
+            sources[id(source)] = _Kept((source, source.detach()), stamp, values)
+            sources.move_to_end(id(source))
+            while len(sources) > MOST:
+                sources.popitem(last=False)
         return values
 
-    def stamp(self, layer: Any, context: Tensor) -> Any:
-        """All that key and value depend on; None where that cannot be told."""
-        layers = (layer.to_k, layer.to_v)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or context.is_inference():
+    def stamp(self, layer: Any, source: Tensor) -> Any:
+        """All that the values depend on; None where that cannot be told."""
+        own = isinstance(layer, nn.Conv2d)
+        layers = (layer,) if own else (layer.to_k, layer.to_v)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or source.is_inference():
             return None
         traced = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        if traced or not all(is_plain(each, nn.Linear) for each in layers):
+        if traced or not all(is_plain(each, nn.Conv2d if own else nn.Linear) for each in layers):
             return None
         weights = [w for each in layers for w in (each.weight, each.bias) if w is not None]
         if any(weight.is_inference() for weight in weights):
             return None
-        device = context.device.type
+        device = source.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         places = [(id(w), w._version, w.data_ptr()) for w in weights]
-        return context._version, autocast, places
+        return source._version, source.data_ptr(), autocast, places
 
     # For a graph, whose arguments are copies of the caller's.
 
-    def layers_of(self, context: Tensor, model: nn.Module) -> list[nn.Module]:
-        """Those of the model that have key and value of this very tensor."""
-        kept = self._kept.get(id(context), {})
-        return [module for module in model.modules() if id(module) in kept]
+    def found(self, inputs: Sequence[Tensor], model: nn.Module) -> list[tuple[Any, int | None]]:
+        """The layers of the model that have values, with the place among the inputs of what these
+        were computed of; None is the layer's own weight.
+        """
+        places = [*range(len(inputs)), None]
+        return [
+            (layer, place)
+            for layer in model.modules()
+            if (kept := self._kept.get(id(layer)))
+            for place in places
+            if id(source_of(layer, place, inputs)) in kept
+        ]
 
     @contextlib.contextmanager
     def standing_in(self, copies: Sequence[tuple[nn.Module, Tensor, Any]]) -> Iterator[None]:
-        """Within the block each (layer, text) has these values, whatever is asked of it."""
-        for layer, context, values in copies:
-            kept = _Kept(context, STANDS_IN, values)
-            self._kept.setdefault(id(context), {})[id(layer)] = kept
+        """Within the block each (layer, source) has these values, whatever is asked of it."""
+        for layer, source, values in copies:
+            kept = _Kept((source,), STANDS_IN, values)
+            self._kept.setdefault(id(layer), OrderedDict())[id(source)] = kept
         try:
             yield
         finally:
-            for _, context, _ in copies:
-                self._kept.pop(id(context), None)
+            for layer, source, _ in copies:
+                self._kept.get(id(layer), {}).pop(id(source), None)
+
+
+def source_of(layer: Any, place: int | None, inputs: Sequence[Tensor]) -> Any:
+    """The input of this place, or the layer's own weight."""
+    return getattr(layer, "weight", None) if place is None else inputs[place]
 
 
 STANDS_IN = object()

@@ -10,6 +10,8 @@ from typing import Annotated
 import torch
 import typer
 from rich import print as rich_print
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fastunet import interpreter
 
@@ -24,6 +26,11 @@ class Op(str, Enum):
     add_time_embedding = "add_time_embedding"
     geglu = "geglu"
     add_layer_norm = "add_layer_norm"
+
+
+class Model(str, Enum):
+    sd15 = "sd15"
+    sdxl = "sdxl"
 
 
 class Dtype(str, Enum):
@@ -86,6 +93,95 @@ def explain(
         typer.echo(" ".join(str(reason).split()), err=True)
         raise typer.Exit(2) from reason
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else report)
+
+
+@app.command()
+def warmup(
+    config: Annotated[Model, typer.Option(help="Whose published shapes.")],
+    size: Annotated[
+        str, typer.Option(help="Images, WIDTHxHEIGHT in pixels, multiples of 8: 512x512,768x512.")
+    ],
+    batch: Annotated[int, typer.Option(help="Samples of a call.")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float16,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Not in NCHW.")] = False,
+    target: Annotated[
+        str | None, typer.Option(help="A GPU that need not be here, as sm_90 or gfx942.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a U-Net's kernels for inference into Triton's cache; exit code 1 if others are left.
+
+    For the GPU of this machine, or for --target without any; nothing is run, and no weights are
+    needed. Then other resolutions and batch sizes are swept, which must compile nothing more.
+    """
+    if importlib.util.find_spec("triton") is None or interpreter.active():
+        why_not = "TRITON_INTERPRET is on" if interpreter.active() else "Triton is not installed"
+        typer.echo(f"no kernel can be compiled here: {why_not}", err=True)
+        raise typer.Exit(2)
+    from fastunet import models
+    from fastunet.warmup import parse_sizes, warmup
+
+    stderr = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    progress = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+    try:
+        with progress:
+            task = progress.add_task("")
+            warm = warmup(
+                getattr(models, config.name.upper()), parse_sizes(size),
+                batch=batch, dtype=getattr(torch, dtype.value), channels_last=channels_last,
+                target=target, say=lambda text: progress.update(task, description=text),
+            )  # fmt: skip
+    except (ValueError, RuntimeError) as reason:
+        typer.echo(reason, err=True)
+        raise typer.Exit(2 if isinstance(reason, ValueError) else 1) from reason
+    if as_json:
+        typer.echo(json.dumps(warm.to_dict(), indent=2))
+    else:
+        rich_print(warm)
+    raise typer.Exit(0 if warm.passed else 1)
+
+
+@app.command()
+def tune(
+    config: Annotated[Model, typer.Option(help="Whose published shapes, with random weights.")],
+    size: Annotated[str, typer.Option(help="The image, WIDTHxHEIGHT in pixels, multiples of 8.")],
+    batch: Annotated[int, typer.Option(help="Samples of a call.")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float16,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Not in NCHW.")] = False,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="As it is replayed.")] = False,
+    training: Annotated[bool, typer.Option("--training", help="Forward and backward.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a U-Net's ops against PyTorch's own here, and let the faster run from now on.
+
+    What is found is kept in the cache folder for this device and these versions, and is read by
+    accelerate(). Another size, batch or layout is other calls. Without a GPU the CPU is measured.
+    """
+    if importlib.util.find_spec("triton") is None:
+        typer.echo("no kernel can run here: Triton is not installed", err=True)
+        raise typer.Exit(2)
+    from fastunet import accelerate, dry_run, models, tune
+    from fastunet.warmup import check_arguments, parse_sizes
+
+    published, kind = getattr(models, config.name.upper()), getattr(torch, dtype.value)
+    try:
+        sizes = parse_sizes(size)
+        check_arguments(published, sizes, batch, kind)
+        if len(sizes) > 1:
+            raise ValueError(f"size ({size}) must be one WIDTHxHEIGHT, call tune for each")
+    except ValueError as reason:
+        typer.echo(reason, err=True)
+        raise typer.Exit(2) from reason
+    (width, height), layout = sizes[0], torch.channels_last
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        unet = models.UNet(published).to(kind).train(training)
+    if channels_last:
+        unet = unet.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    accelerate(unet, cuda_graph=cuda_graph)
+    args, kwargs = dry_run.make_inputs(unet, batch, height // 8, width // 8)
+    tuning = tune(unet, *args, **kwargs)
+    typer.echo(json.dumps(tuning.to_dict(), indent=2) if as_json else tuning)
 
 
 @app.command()

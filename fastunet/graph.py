@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastunet import _constants
-from fastunet._constants import Constants
+from fastunet._constants import Constants, source_of
 from fastunet._graph_state import PLAIN, State, kind_of, outside_inference, surroundings
 from fastunet._plain import is_wrapped
 from fastunet.hosts._subclass import seen_class, subclass
@@ -62,6 +62,13 @@ def is_attached(model: nn.Module) -> bool:
     if MARK in model.__dict__ and seen_class(model) is type(model):
         raise RuntimeError(f"undo first what made {type(model).__name__} of a captured model")
     return MARK in model.__dict__
+
+
+def forget(model: nn.Module) -> None:
+    """Free what was captured of the model: it is captured anew."""
+    for module in model.modules():
+        if is_attached(module):
+            module.__dict__[MARK].clear()
 
 
 class Cuda:
@@ -130,9 +137,9 @@ class _Captured:
     inputs: list[Tensor]
     outputs: list[Any]
     spec: Any
-    # Of a sampling loop: (place of the text among the inputs, layer, its key and value), and for
-    # what these were last written.
-    constants: list[tuple[int, Any, Sequence[Tensor]]]
+    # Of a sampling loop: (layer, place of the text among the inputs, its key and value), and for
+    # what these were last written. Without a place they are sums of the layer's own weight.
+    constants: list[tuple[Any, int | None, Sequence[Tensor]]]
     written: Any = None
 
 
@@ -144,9 +151,10 @@ class Graphs:
 
     def __init__(self) -> None:
         self._cuda = Cuda()
-        # Where it was called once: the layers that keep key and value of an input, with its place
-        # among them. str: why it cannot be captured.
-        self._kinds: OrderedDict[Any, _Captured | str | list[tuple[int, Any]]] = OrderedDict()
+        # Where it was called once: what a sampling loop keeps of it, as Constants.found() says.
+        # str: why it cannot be captured.
+        self._kinds: OrderedDict[Any, _Captured | str | list[tuple[Any, int | None]]]
+        self._kinds = OrderedDict()
         self._state: State | None = None
         self._told: set[str] = set()
         self._lock = threading.RLock()
@@ -215,15 +223,14 @@ class Graphs:
         self, key: Any, loop: Constants | None, model: nn.Module, leaves: list[Any]
     ) -> None:  # fmt: skip
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        layers = [] if loop is None else [loop.layers_of(tensor, model) for tensor in tensors]
-        self._kinds[key] = [(i, layer) for i, found in enumerate(layers) for layer in found]
+        self._kinds[key] = [] if loop is None else loop.found(tensors, model)
         while len(self._kinds) > MOST:
             self._cuda.finish()
             self._kinds.popitem(last=False)
 
     def _capture(
         self, forward: Any, leaves: list[Any], spec: Any, loop: Constants | None,
-        layers: list[tuple[int, Any]],
+        layers: list[tuple[Any, int | None]],
     ) -> _Captured | str:  # fmt: skip
         with torch.inference_mode(False), torch.no_grad():
             held = [torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x for x in leaves]
@@ -234,10 +241,10 @@ class Graphs:
         if loop is not None:
             given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             with torch.inference_mode(False), torch.no_grad():
-                for i, layer in layers:
-                    values = [value.clone() for value in loop.of(layer, given[i])]
-                    constants.append((i, layer, values))
-            within = loop.standing_in([(layer, inputs[i], kept) for i, layer, kept in constants])
+                for layer, place in layers:
+                    values = loop.of(layer, source_of(layer, place, given))
+                    constants.append((layer, place, [value.clone() for value in values]))
+            within = loop.standing_in([(la, source_of(la, i, inputs), v) for la, i, v in constants])
         # What autocast has cast before would be read where it lay: it is cast within the graph.
         torch.clear_autocast_cache()
         self._cuda.wait()
@@ -262,13 +269,14 @@ class Graphs:
         for held, given in zip(graph.inputs, tensors, strict=True):
             held.copy_(given)
         if loop is not None and graph.constants:
-            stamps = [loop.stamp(layer, tensors[i]) for i, layer, _ in graph.constants]
-            texts = [tensors[i] for i in sorted({i for i, _, _ in graph.constants})]
-            if None in stamps or not _same(graph.written, loop, texts, stamps):
-                for i, layer, kept in graph.constants:
-                    for old, new in zip(kept, loop.of(layer, tensors[i]), strict=True):
+            sources = [source_of(layer, place, tensors) for layer, place, _ in graph.constants]
+            layers = [layer for layer, _, _ in graph.constants]
+            stamps = list(map(loop.stamp, layers, sources))
+            if None in stamps or not _same(graph.written, loop, sources, stamps):
+                for source, (layer, _, kept) in zip(sources, graph.constants, strict=True):
+                    for old, new in zip(kept, loop.of(layer, source), strict=True):
                         old.copy_(new)
-                graph.written = [weakref.ref(each) for each in (loop, *texts)], stamps
+                graph.written = [weakref.ref(each) for each in (loop, *sources)], stamps
         graph.replay()
         outputs = [out.clone() if isinstance(out, Tensor) else out for out in graph.outputs]
         self._cuda.done(tensors[0].device)
@@ -280,11 +288,11 @@ def _warn(model: nn.Module, reason: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def _same(written: Any, loop: Constants, texts: list[Tensor], stamps: list[Any]) -> bool:
-    """Whether loop and texts are the very same, and all else is equal."""
+def _same(written: Any, loop: Constants, sources: list[Tensor], stamps: list[Any]) -> bool:
+    """Whether loop, texts and weights are the very same, and all else is equal."""
     if written is None or written[1] != stamps:
         return False
-    return all(ref() is each for ref, each in zip(written[0], (loop, *texts), strict=True))
+    return all(ref() is each for ref, each in zip(written[0], (loop, *sources), strict=True))
 
 
 @functools.lru_cache(maxsize=16)

@@ -35,6 +35,9 @@ class Operator:
     Args:
         name: of the op, here and in ``fastunet.kernels.reference``.
         arguments: their schema, in the launchers' order, as ``"Tensor x, float eps"``.
+        check: ``(*arguments)`` -> (why no kernel takes them, or None; whether the reference is a
+            vendor's kernel that no measurement shows ours ahead of, so that "auto" takes it). It
+            raises where an argument breaks a rule.
         gradients: differentiable argument -> which of the backward launcher's gradients is its own;
             -1 is the incoming gradient itself.
         results: how many tensors the caller gets.
@@ -57,6 +60,7 @@ class Operator:
         arguments: str,
         gradients: dict[str, int],
         *,
+        check: Callable[..., tuple[str | None, bool]],
         forward: Function,
         fake: Function,
         keep: Callable[[Sequence[Any], Sequence[Tensor]], tuple[Any, ...]],
@@ -67,7 +71,7 @@ class Operator:
         results: int = 1,
         saved: int = 0,
     ) -> None:
-        self.name, self.results = name, results
+        self.name, self.results, self.check = name, results, check
         self.names = [argument.split()[-1] for argument in arguments.split(", ")]
         self.gradients = [(self.names.index(name), index) for name, index in gradients.items()]
         self.forward, self.backward = Launcher(forward), Launcher(backward)
@@ -85,22 +89,16 @@ class Operator:
             fake=lambda *args: fake_backward(*args[:-1]),
         )  # fmt: skip
 
-    def __call__(
-        self, backend: str, *args: Any, unfit: str | None = None, vendor: bool = False
-    ) -> Any:
-        """Launch the kernel, or call the reference.
-
-        Args:
-            unfit: why no kernel takes these arguments, or None.
-            vendor: the reference is a vendor's kernel that no measurement shows ours ahead of:
-                "auto" takes it.
-        """
-        asked = _launch.asked(backend)
-        if asked == "torch":
+    def __call__(self, backend: str, *args: Any) -> Any:
+        """Launch the kernel, or call the reference, which checks its arguments itself."""
+        asked, tensors = _launch.asked(backend), _tensors(args)
+        if asked == "torch" or not tensors:
             return self._reference(args)
-        tensors = _tensors(args)
-        reason = unfit or _launch.why_not_triton(tensors, by_name=asked == "triton")
-        fallback = asked == "auto"
+        fallback, vendor = asked == "auto", False
+        reason = _launch.why_not_triton(tensors, by_name=not fallback)
+        if not (reason and fallback):
+            unfit, vendor = self.check(*args)
+            reason = unfit or reason
         if reason and not fallback:
             raise NotImplementedError(f"{self.name} on backend 'triton': {reason}")
         choice = _choices.chosen(self, args, tensors, not reason) if fallback else None

@@ -267,10 +267,29 @@ def _keep(args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Any, ...]:
     return (*args, out, results[1] if streams(query, key, heads) else None)
 
 
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[str | None, bool]:
+    _checks.attention(query, key, value, heads, mask, scale)
+    head_dim, keys = query.shape[2] // heads, key.shape[1]
+    vendor = keys > ONE_TILE_KEYS or keys == query.shape[1]
+    if head_dim % 8 or head_dim > 256:
+        return f"head dim ({head_dim}) must be a multiple of 8 up to 256", vendor
+    if mask is not None and _launch.wants_gradient([mask]):
+        return "its backward kernel gives no gradient of mask", vendor
+    return None, vendor
+
+
 _operator = Operator(
     "attention",
     "Tensor query, Tensor key, Tensor value, int heads, Tensor? mask, float? scale",
     {"query": 0, "key": 1, "value": 2},
+    check=_check,
     forward=_forward,
     saved=1,
     fake=_fake,
@@ -317,14 +336,4 @@ def attention(
         ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
-    _checks.attention(query, key, value, heads, mask, scale)
-    head_dim = query.shape[2] // heads
-    unfit = None
-    if head_dim % 8 or head_dim > 256:
-        unfit = f"head dim ({head_dim}) must be a multiple of 8 up to 256"
-    elif mask is not None and _launch.wants_gradient([mask]):
-        unfit = "its backward kernel gives no gradient of mask"
-    return _operator(
-        backend, query, key, value, heads, mask, scale,
-        unfit=unfit, vendor=key.shape[1] > ONE_TILE_KEYS or key.shape[1] == query.shape[1],
-    )  # fmt: skip
+    return _operator(backend, query, key, value, heads, mask, scale)

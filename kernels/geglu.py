@@ -127,10 +127,16 @@ def _fake(x: Tensor) -> tuple[Tensor]:
     return (x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),)
 
 
+def _check(x: Tensor) -> tuple[str | None, bool]:
+    _checks.geglu(x)
+    return None, False
+
+
 _operator = Operator(
     "geglu",
     "Tensor x",
     {"x": 0},
+    check=_check,
     forward=_forward,
     fake=_fake,
     keep=lambda args, results: (args[0],),
@@ -158,5 +164,4 @@ def geglu(x: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError, TypeError: x breaks a rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes x.
     """
-    _checks.geglu(x)
     return _operator(backend, x)

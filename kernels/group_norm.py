@@ -258,11 +258,24 @@ def _fake(
     return _launch.empty_like_rows(x, rows, channels), statistics
 
 
+def _check(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
+    shift: Tensor | None, scale_shift: Tensor | None, skip: Tensor | None,
+    activation: str | None, tokens: bool,
+) -> tuple[str | None, bool]:  # fmt: skip
+    _checks.group_norm(x, num_groups, weight, bias, eps, shift, scale_shift, skip, activation)
+    width = (x.shape[1] + (0 if skip is None else skip.shape[1])) // num_groups
+    if width > MAX_CHANNELS:
+        return f"its kernels take up to {MAX_CHANNELS} channels a group, got {width}", False
+    return None, False
+
+
 _operator = Operator(
     "group_norm",
     "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
     "Tensor? scale_shift, Tensor? skip, str? activation, bool tokens",
     {"x": 0, "weight": 2, "bias": 3, "shift": 4, "scale_shift": 5, "skip": 1},
+    check=_check,
     forward=_forward,
     saved=1,
     fake=_fake,
@@ -316,14 +329,7 @@ def group_norm(
         ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
-    _checks.group_norm(x, num_groups, weight, bias, eps, shift, scale_shift, skip, activation)
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    unfit = None
-    if channels // num_groups > MAX_CHANNELS:
-        unfit = (
-            f"its kernels take up to {MAX_CHANNELS} channels a group, got {channels // num_groups}"
-        )
     return _operator(
-        backend, x, num_groups, weight, bias, float(eps), shift, scale_shift, skip, activation,
-        bool(tokens), unfit=unfit,
+        backend, x, num_groups, weight, bias, eps, shift, scale_shift, skip, activation,
+        bool(tokens),
     )  # fmt: skip

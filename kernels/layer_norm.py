@@ -234,12 +234,23 @@ def _again(
     return total, torch.zeros_like(total), weight, bias, eps
 
 
+def _check(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[str | None, bool]:
+    _checks.add_layer_norm(x, residual, weight, bias, eps)
+    features = x.shape[-1]
+    if features > MAX_FEATURES:
+        return f"its kernels take rows of up to {MAX_FEATURES} features, got {features}", False
+    return None, False
+
+
 _operator = Operator(
     "add_layer_norm",
     "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps",
     {"x": 0, "residual": 0, "weight": 1, "bias": 2},
     results=2,
     saved=1,
+    check=_check,
     forward=_forward,
     fake=_fake,
     keep=lambda args, results: (
@@ -280,8 +291,4 @@ def add_layer_norm(
         ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
-    _checks.add_layer_norm(x, residual, weight, bias, eps)
-    features, unfit = x.shape[-1], None
-    if features > MAX_FEATURES:
-        unfit = f"its kernels take rows of up to {MAX_FEATURES} features, got {features}"
-    return _operator(backend, x, residual, weight, bias, float(eps), unfit=unfit)
+    return _operator(backend, x, residual, weight, bias, eps)

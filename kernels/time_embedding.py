@@ -141,10 +141,16 @@ def _sum_over_space(sums: Tensor, rows: Tensor, slices: int, block_c: int, block
     )  # fmt: skip
 
 
+def _check(x: Tensor, emb: Tensor) -> tuple[str | None, bool]:
+    _checks.add_time_embedding(x, emb)
+    return None, False
+
+
 _operator = Operator(
     "add_time_embedding",
     "Tensor x, Tensor emb",
     {"x": -1, "emb": 0},
+    check=_check,
     forward=_forward,
     fake=lambda x, emb: (_launch.empty_like_rows(x, _launch.rows(x)),),
     keep=lambda args, results: (args[1].dtype,),
@@ -172,5 +178,4 @@ def add_time_embedding(x: Tensor, emb: Tensor, *, backend: str = "auto") -> Tens
         ValueError, TypeError: an argument breaks its rule; the text gives name, rule and value.
         NotImplementedError: backend "triton" was asked for and no kernel takes these tensors.
     """
-    _checks.add_time_embedding(x, emb)
     return _operator(backend, x, emb)

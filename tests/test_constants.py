@@ -1,7 +1,10 @@
 """sampling(): key and value of the text once a loop, with the bits of the loop without it."""
 
 import copy
+import gc
+import random
 import threading
+import weakref
 from unittest import mock
 
 import pytest
@@ -11,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 import adapters
 import fastunet
 import small_unets
-from fastunet import _merged, graph
+from fastunet import _constants, _merged, graph
 from fastunet.diffusion import DDIM, NoiseSchedule, sample
 from fastunet.kernels import use_backend
 from recorded_graphs import Recorded
@@ -271,3 +274,123 @@ def test_beside_graphs(loop, monkeypatch, computed):
         for _ in range(3):
             loop.same(text)
     assert cuda.captured == 3
+
+
+def make_events(loop, lora):
+    """What may happen between two steps, each to the model and to the fresh one."""
+    texts = [torch.randn(2, 5, 24) for _ in range(3)]
+    at = {"text": texts[0], "side": 4}
+    adapted = lora and [
+        lambda unet: unet.disable_lora(),
+        lambda unet: unet.enable_lora(),
+        lambda unet: unet.set_adapter("other"),
+        lambda unet: unet.set_adapters(["one", "other"], [0.3, 0.7]),
+        lambda unet: unet.fuse_lora(),
+        lambda unet: unet.unfuse_lora(),
+    ]
+    events = {
+        "another prompt": lambda: at.update(text=random.choice(texts)),
+        "a new prompt": lambda: at.update(text=torch.randn(random.choice([1, 2]), 5, 24)),
+        "the prompt edited in place": lambda: at["text"].mul_(1.1),
+        "another resolution": lambda: at.update(side=12 - at["side"]),
+        "weights edited": lambda: loop.both(edit),
+        "nothing": lambda: None,
+    }
+    if lora:
+        events["a LoRA switched"] = lambda: loop.both(random.choice(adapted))
+    return at, events
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("graphed", [False, True], ids=["plain", "graphed"])
+@pytest.mark.parametrize("host, lora", [("diffusers", True), ("fastunet", False)])
+def test_whatever_happens_amid_a_loop(host, lora, graphed, monkeypatch):
+    loop = Loop(host)
+    if lora:
+        loop.both(adapters.add_two(lambda unet: unet.set_adapter("one")))
+    if graphed:
+        monkeypatch.setattr(graph, "Cuda", Recorded)
+        fastunet.accelerate(loop.model, cuda_graph=True)
+    at, events = make_events(loop, lora)
+    random.seed(0)
+    order = [name for name in events for _ in range(2 if graphed else 4)]
+    random.shuffle(order)
+    with fastunet.sampling(loop.model):
+        for name in order:
+            loop.same(at["text"], side=at["side"])
+            loop.same(at["text"], side=at["side"])
+            events[name]()
+        loop.same(at["text"], side=at["side"])
+
+
+@pytest.mark.parametrize("graphed", [False, True], ids=["plain", "graphed"])
+def test_two_threads_take_turns_with_two_prompts_each(loop, graphed, monkeypatch):
+    """Every step of one falls between two of the other, on the same model."""
+    if graphed:
+        monkeypatch.setattr(graph, "Cuda", Recorded)
+        fastunet.accelerate(loop.model, cuda_graph=True)
+        with fastunet.sampling(loop.model):  # what replaces a capture looks at all threads
+            for _ in range(2):
+                loop.same()
+    turns, failures = threading.Barrier(2, timeout=60), []
+
+    def work(texts):
+        torch.set_num_threads(1)  # a thread has its own number, on which sums depend
+        try:
+            with torch.no_grad(), fastunet.sampling(loop.model):
+                for step in range(6):
+                    turns.wait()
+                    loop.same(texts[step // 2 % 2])
+        except BaseException as failure:
+            failures.append(failure)
+            turns.abort()
+
+    prompts = [[torch.randn(2, 5, 24) for _ in range(2)] for _ in range(2)]
+    threads = [threading.Thread(target=work, args=(each,)) for each in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    if graphed:
+        assert len(loop.model.__dict__[graph.MARK]) == 1
+
+
+@pytest.mark.parametrize("loops, graphed", [(1, False), (1, True), (200, False)])
+def test_memory_is_flat_over_200_prompts(loops, graphed, monkeypatch):
+    loop = Loop()
+    if graphed:
+        monkeypatch.setattr(graph, "Cuda", Recorded)
+        fastunet.accelerate(loop.model, cuda_graph=True)
+    crossed = [m for m in loop.model.modules() if hasattr(m, "to_k") and m.to_k.in_features == 24]
+    texts, values, sizes, live = [], [], set(), {}
+
+    def draw(number, kept):
+        text = torch.randn(2, 5, 24)
+        for _ in range(2 if number % 10 == 0 else 1):
+            small_unets.run(loop.model, loop.image, loop.timestep, text)
+        texts.append(weakref.ref(text))
+        values.extend(weakref.ref(each) for layer in crossed for each in kept.of(layer, text))
+        _merged.linear.reset_mock()  # which holds what it was called with
+        sizes.add(kept.nbytes)
+        if number in (20, 199):
+            live[number] = count_tensors()
+
+    for first in range(0, 200, 200 // loops):
+        with fastunet.sampling(loop.model) as kept:
+            for number in range(first, first + 200 // loops):
+                draw(number, kept)
+            alive = sum(text() is not None for text in texts)
+            assert alive == (_constants.MOST if loops == 1 else 1)
+        assert kept.nbytes == 0
+    gc.collect()
+    assert len(texts) == 200 and not any(text() is not None for text in texts)
+    assert len(values) == 400 * len(crossed) and not any(value() is not None for value in values)
+    assert live[20] == live[199]
+    one = sum(2 * 2 * 5 * 4 * layer.to_k.out_features for layer in crossed)
+    assert sizes == {one * count for count in range(1, 1 + (_constants.MOST if loops == 1 else 1))}
+
+
+def count_tensors():
+    gc.collect()
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())

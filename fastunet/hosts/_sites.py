@@ -13,6 +13,7 @@ from fastunet.nn import GroupNorm
 from fastunet.nn.attention import extra_part
 from fastunet.nn.group_norm import fused_norm
 from fastunet.nn.resnet import unlike_plain
+from fastunet.nn.upsample import fits, is_on
 
 
 class HeadNorm(nn.GroupNorm):
@@ -93,6 +94,11 @@ def added_norms(block: Any) -> list[nn.LayerNorm]:
     return [norm for norm in norms if is_plain(norm, nn.LayerNorm)]
 
 
+def tokens(image: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, H * W, C], dense: what follows would copy a transposed view twice."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
 def image(tokens: Tensor, like: Tensor) -> Tensor:
     """tokens [N, T, C] -> [N, C, H, W], of the size and in the memory layout of ``like``."""
     out = tokens.unflatten(1, like.shape[2:]).movedim(-1, 1)
@@ -153,6 +159,22 @@ def geglu(
         yield Left(site, "instance_forward", "its forward was replaced on the instance")
     else:
         yield Swap(site, layer, fused, ("geglu",))
+
+
+def upsample(
+    site: str, layer: nn.Module, conv: object, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    """Nearest neighbours by 2 and this convolution."""
+    if not is_on():
+        return
+    if seen_class(layer) not in (plain, fused):
+        yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
+    elif is_wrapped(layer):
+        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    elif not fits(conv):
+        yield Left(site, "not_plain", "its convolution has hooks, another class or other options")
+    else:
+        yield Swap(site, layer, fused, ("upsample_conv",))
 
 
 def _free(module: object, plain: type[nn.Module], fused: type[nn.Module]) -> bool:

@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from fastunet import kernels
@@ -25,6 +26,7 @@ from fastunet.nn.attention import attend, extra_part
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual, unlike_plain
+from fastunet.nn.upsample import pays, upsample_conv
 
 # Those that compute softmax(query key^T * scale + mask) value: some with the layer's own scale, one
 # with the projections that fuse_qkv_projections() merged.
@@ -130,7 +132,7 @@ class FusedTransformer2DModel(Transformer2DModel):
             tokens = normalize(self.norm, hidden_states, tokens=True)
             return self.proj_in(tokens), hidden_states.shape[1]
         image = self.proj_in(normalize(self.norm, hidden_states))
-        return image.permute(0, 2, 3, 1).flatten(1, 2), image.shape[1]
+        return _sites.tokens(image), image.shape[1]
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
@@ -138,6 +140,25 @@ class FusedTransformer2DModel(Transformer2DModel):
         if self.use_linear_projection:
             return _sites.image(self.proj_out(hidden_states), residual) + residual
         return self.proj_out(_sites.image(hidden_states, residual)) + residual
+
+
+class FusedUpsample2D(Upsample2D):
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        conv = upsampled_conv(self)
+        if args or kwargs or conv is None or not pays(conv, hidden_states, output_size):
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        return upsample_conv(conv, hidden_states)
+
+
+def upsampled_conv(layer: Any) -> Any:
+    """The convolution of the enlarged image, if that is all the layer does."""
+    if layer.norm is not None or layer.use_conv_transpose:
+        return None
+    if not (layer.interpolate and layer.use_conv):
+        return None
+    return layer.conv if layer.name == "conv" else layer.Conv2d_0
 
 
 def is_fused_block(block: BasicTransformerBlock) -> bool:
@@ -172,6 +193,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         yield from _sites.block(name, module, BasicTransformerBlock, FusedTransformerBlock)
     elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
         yield from _sites.transformer(name, module, Transformer2DModel, FusedTransformer2DModel)
+    elif isinstance(module, Upsample2D) and (conv := upsampled_conv(module)) is not None:
+        yield from _sites.upsample(name, module, conv, Upsample2D, FusedUpsample2D)
     elif isinstance(module, HEADS):
         plain = next(head for head in HEADS if isinstance(module, head))
         yield from _sites.head(name, module, plain)

@@ -20,6 +20,7 @@ from fastunet.nn import GroupNorm
 from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.layer_norm import add_normalize
+from fastunet.nn.upsample import fits, is_on, pays, upsample_conv
 
 PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
 
@@ -169,6 +170,29 @@ def unlike_transformer_block(block: Any) -> tuple[str, str] | None:
     return None
 
 
+class FusedUpsample:
+    """For ``Upsample`` with a convolution, of the U-Net and of the autoencoder."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        conv = upsampled_conv(self)
+        if args or kwargs or conv is None or not pays(conv, x):
+            return super().forward(x, *args, **kwargs)  # pyright: ignore
+        return upsample_conv(conv, x)
+
+
+def upsampled_conv(layer: Any) -> Any:
+    """The convolution of the image twice as large, if the layer has one."""
+    doubles = getattr(layer, "dims", 2) == 2 and getattr(layer, "scale_factor", 2) == 2
+    return getattr(layer, "conv", None) if doubles else None
+
+
+def unlike_upsample(layer: Any) -> tuple[str, str] | None:
+    """(reason code, detail) of what FusedUpsample would not fuse, or None."""
+    if not fits(layer.conv):
+        return "not_plain", "its convolution has hooks, another class or other options"
+    return None
+
+
 class FusedOut(nn.Sequential):
     """The end of a U-Net: norm, SiLU, convolution; or a part of it, where it was sliced."""
 
@@ -207,6 +231,7 @@ KINDS: dict[str, tuple[type, Any, tuple[str, ...]]] = {
         unlike_resnet_block,
         ("group_norm_silu", "group_norm_silu"),
     ),
+    "Upsample": (FusedUpsample, unlike_upsample, ("upsample_conv",)),
 }
 # Attention over an image by convolutions: its norm alone is fused.
 IMAGE_ATTENTION = ("AttnBlock", "MemoryEfficientAttnBlock", "SpatialSelfAttention")
@@ -224,6 +249,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         own = own.__bases__[1]
     theirs = [cls.__name__ for cls in own.__mro__ if cls.__module__.startswith(PACKAGES)]
     kind = next((each for each in theirs if each in (*KINDS, *NORMS, *UNETS)), None)
+    if kind == "Upsample" and not (is_on() and upsampled_conv(module) is not None):
+        return
     if kind is None:
         return
     if kind in NORMS:  # those of a derived class are called like any other

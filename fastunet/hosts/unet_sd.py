@@ -11,6 +11,7 @@ from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual
+from fastunet.nn.upsample import pays, upsample_conv
 
 
 class FusedResnetBlock(unet_sd.ResnetBlock):
@@ -42,12 +43,19 @@ class FusedTransformer(unet_sd.Transformer):
         if self.linear_projection:
             tokens = self.proj_in(normalize(self.norm, x, tokens=True))
         else:
-            tokens = self.proj_in(normalize(self.norm, x)).permute(0, 2, 3, 1).flatten(1, 2)
+            tokens = _sites.tokens(self.proj_in(normalize(self.norm, x)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         if self.linear_projection:
             return _sites.image(self.proj_out(tokens), x) + x
         return self.proj_out(_sites.image(tokens, x)) + x
+
+
+class FusedUpsample(unet_sd.Upsample):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if not pays(self.conv, x, skip.shape[-2:]):
+            return super().forward(x, skip)
+        return upsample_conv(self.conv, x)
 
 
 def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
@@ -62,5 +70,7 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         yield from _sites.block(name, module, unet_sd.TransformerBlock, FusedTransformerBlock)
     elif isinstance(module, unet_sd.Transformer):
         yield from _sites.transformer(name, module, unet_sd.Transformer, FusedTransformer)
+    elif isinstance(module, unet_sd.Upsample):
+        yield from _sites.upsample(name, module, module.conv, unet_sd.Upsample, FusedUpsample)
     elif isinstance(module, unet_sd.UNet):
         yield from _sites.head(name, module, unet_sd.UNet)

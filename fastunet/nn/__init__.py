@@ -6,6 +6,7 @@ from fastunet.nn.group_norm import GroupNorm, GroupNormSiLU
 from fastunet.nn.layer_norm import AddLayerNorm
 from fastunet.nn.resnet import ResnetBlock
 from fastunet.nn.time_embedding import AddTimeEmbedding
+from fastunet.nn.upsample import upsample_conv
 
 __all__ = [
     "AddLayerNorm",
@@ -15,4 +16,5 @@ __all__ = [
     "GroupNorm",
     "GroupNormSiLU",
     "ResnetBlock",
+    "upsample_conv",
 ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-import model_calls
+import offline
 from model_calls import BACKWARD, FORWARD, Call
 
 # So many programs need no memory: nothing is written.
@@ -19,7 +19,7 @@ MANY = {
 @pytest.mark.parametrize("op", MANY)
 def test_more_than_65535_programs_are_in_one_dimension(op, direction):
     form, sizes, batch = MANY[op]
-    with model_calls.on("sm_90") as launches:
+    with offline.target("sm_90") as launches:
         Call(op, form, sizes, direction).make(batch)
     assert all(launch.grid[1:] == (1, 1) for launch in launches)
     # The backward pass of add_layer_norm has as many programs as fill the GPU, each with more rows.
@@ -28,7 +28,7 @@ def test_more_than_65535_programs_are_in_one_dimension(op, direction):
 
 
 def test_streaming_attention_too():
-    with model_calls.on("sm_90") as launches:
+    with offline.target("sm_90") as launches:
         for direction in (FORWARD, BACKWARD):
             Call("attention", "self", (8, 40, 160, 160), direction).make(8200)
     assert {launch.kernel for launch in launches} >= {"_streaming_kernel", "_d_key_value_kernel"}

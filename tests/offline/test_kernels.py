@@ -9,7 +9,6 @@ import triton
 
 import compile_target
 import gate
-import model_calls
 import offline
 from fastunet import kernels
 from model_calls import BACKWARD, FORWARD, SAVING, Call
@@ -69,7 +68,7 @@ def test_more_of_the_targets_that_must_not_spill(target, call):
 
 def launch(target, op, *args, **kwargs):
     """The resources of what one call of an op launches."""
-    with model_calls.on(target) as launches:
+    with offline.target(target) as launches:
         getattr(kernels, op)(*args, backend="triton", **kwargs)
     return [offline.resources(launch.compiled) for launch in launches]
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-import model_calls
 import model_forward
+import offline
+from fastunet import dry_run
 
 # (batch, height, width) of the latent image: an eighth of 512, 768 and 1024 pixels, and others that
 # NHWC reads as widely. SD 1.5 halves a side three times, SDXL twice.
@@ -18,8 +19,8 @@ NON_SQUARE = [(1, 72, 128)]
     ids=["sd15-nchw", "sd15-nhwc", "sdxl-nchw"],
 )
 def test_few_variants_and_a_new_size_compiles_nothing(model, channels_last, others):
-    unet = model_forward.unet(model, channels_last)
-    with model_calls.on("sm_90") as launches:
+    unet = dry_run.unet(model_forward.CONFIGS[model], channels_last=channels_last)
+    with offline.target("sm_90") as launches:
         seconds = model_forward.compile_seconds(unet)
         # `make targets` holds both models to 20 seconds; here a slower machine may pass.
         assert seconds < 3 * model_forward.MOST_SECONDS
@@ -27,6 +28,6 @@ def test_few_variants_and_a_new_size_compiles_nothing(model, channels_last, othe
         assert 0 < len(known) <= model_forward.MOST_VARIANTS
         for sizes in SWEEP + others:
             launches.clear()
-            model_forward.run(unet, *sizes)
+            dry_run.forward(unet, *sizes)
             new = {launch.kernel for launch in launches if launch.compiled.hash not in known}
             assert launches and not new, (sizes, new)

@@ -41,7 +41,7 @@ def row(call: Call, kernel: str) -> str:
 def variants(target: str, calls: Iterable[Call], cache: str | None = None) -> Iterator[dict]:
     """Each compiled kernel, once for every row that it stands in."""
     seen, resources = set(), {}
-    with model_calls.on(target, cache) as launches:
+    with offline.target(target, cache) as launches:
         for call in calls:
             launches.clear()
             call.make()

@@ -1,22 +1,19 @@
 """The calls that SD 1.5 and SDXL make of every op, at fastunet.testing.SHAPES.
 
-    with model_calls.on("sm_90") as launches:
+    with offline.target("sm_90") as launches:
         for call in model_calls.calls():
             call.make()
 
 A call is made of unwritten tensors, so it costs no more than its compilation.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-import offline
 import op_calls
 from fastunet import kernels
 from fastunet.testing import SHAPES
@@ -26,21 +23,6 @@ OPS = tuple(SHAPES["sd15"])
 # What a call launches: inference; a forward pass that saves for the backward one; that one alone.
 FORWARD, SAVING, BACKWARD = DIRECTIONS = "forward", "saving forward", "backward"
 IMAGES = ("group_norm", "add_time_embedding")  # ops whose tensors have a layout
-
-
-@contextlib.contextmanager
-def on(target: str, cache: str | None = None) -> Iterator[offline.Launches]:
-    """offline.target, where the ops take CPU tensors for tensors on that GPU."""
-    launch = "fastunet.kernels._launch."
-    multiprocessors = offline.TARGETS[target].multiprocessors
-    with (
-        mock.patch(launch + "interpreted", lambda: True),
-        mock.patch(launch + "_faithful", lambda: True),
-        mock.patch(launch + "processors", lambda tensor: multiprocessors),
-        mock.patch(launch + "capability", lambda tensor: offline.CAPABILITY.get(target, 0)),
-        offline.target(target, cache) as launches,
-    ):
-        yield launches
 
 
 @dataclass(frozen=True)

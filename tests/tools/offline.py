@@ -1,198 +1,33 @@
-"""Compile what real host code launches, for a GPU that is not there.
+"""fastunet.offline for the tests: by a target's name, with a cache of its own, and what compiled
+kernels use.
 
     with offline.target("sm_90") as launches:
         group_norm(torch.empty(2, 320, 64, 64, dtype=torch.float16), 32, backend="triton")
     for compiled in launches.variants():
         print(offline.resources(compiled))
-
-Host code runs as it is, on CPU tensors. Each launch is specialised and compiled by Triton for the
-target, checked against the target's shared memory, and noted; nothing is executed, so outputs are
-what torch.empty left in them. Kernels must have been decorated with the interpreter off.
 """
 
 import atexit
 import contextlib
-import dataclasses
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator
 from unittest import mock
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.compiler import CompiledKernel
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
-
+from fastunet.offline import TARGETS, Launches, compiling
 from resource_usage import resources as resources
 
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a driver tells of a GPU: the largest shared memory of one block, and its size."""
-
-    compile_target: GPUTarget
-    shared_memory: int
-    multiprocessors: int
-
-
-def _cuda(capability, shared_kib, multiprocessors):
-    return Device(GPUTarget("cuda", capability, 32), shared_kib * 1024, multiprocessors)
-
-
-def _hip(arch, shared_kib, multiprocessors):
-    return Device(GPUTarget("hip", arch, 64), shared_kib * 1024, multiprocessors)
-
-
-TARGETS = {
-    "sm_80": _cuda(80, 163, 108),  # A100
-    "sm_86": _cuda(86, 99, 82),  # RTX 3090
-    "sm_89": _cuda(89, 99, 128),  # RTX 4090
-    "sm_90": _cuda(90, 227, 132),  # H100
-    "sm_100": _cuda(100, 227, 148),  # B200
-    "sm_120": _cuda(120, 99, 170),  # RTX 5090
-    "gfx942": _hip("gfx942", 64, 304),  # MI300X
-    "gfx950": _hip("gfx950", 160, 256),  # MI355X
-}
-CAPABILITY = {name: d.compile_target.arch // 10 for name, d in TARGETS.items() if name[:3] == "sm_"}
 SHARED_MEMORY_LIMIT = {name: device.shared_memory for name, device in TARGETS.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One launch: the kernel's name, its grid, and what Triton compiled for it."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    compiled: CompiledKernel
-
-
-class Launches(list[Launch]):
-    """The launches of one target, in order."""
-
-    def variants(self, kernel: str | None = None) -> list[CompiledKernel]:
-        """The distinct compiled kernels, of one kernel or of all."""
-        chosen = [launch for launch in self if kernel in (None, launch.kernel)]
-        return list({launch.compiled.hash: launch.compiled for launch in chosen}.values())
-
-
-@contextlib.contextmanager
-def target(name: str, cache: str | None = None) -> Iterator[Launches]:
-    """Compile every launch made inside for TARGETS[name], and list it. Not thread-safe.
-
-    What a real GPU would refuse raises: triton.CompilationError, OutOfResources for too much shared
-    memory, RuntimeError for too large a grid. Triton's disk cache is the folder ``cache``, or a
-    temporary one of this process.
-    """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "TRITON_INTERPRET is on, so kernels cannot be compiled: use two processes"
-        )
-    launches, fake, previous = Launches(), _FakeDriver(TARGETS[name]), driver._active
-    kernels = set()
-    run = JITFunction.run
-
-    def recording_run(self, *args, grid, warmup, **kwargs):
-        kernels.add(self)
-        if fake.target.backend == "hip":
-            kwargs.pop("maxnreg", None)  # host code of a PyTorch for ROCm does not pass it
-        compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
-        if not warmup:
-            launches.append(Launch(self.fn.__name__, fake.grid, compiled))
-        return compiled
-
-    with (
-        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache or _CACHE.name),
-        mock.patch.object(JITFunction, "run", recording_run),
-    ):
-        driver.set_active(fake)
-        try:
-            yield launches
-        finally:
-            driver.set_active(previous)
-            for kernel in kernels:
-                kernel.device_caches.pop(fake.device, None)
-
 
 _CACHE = tempfile.TemporaryDirectory(prefix="fastunet-offline-")
 atexit.register(_CACHE.cleanup)
 
-_device_numbers = itertools.count(1000)
 
-
-class _FakeDriver(DriverBase):
-    """Answers as a GPU's driver does and ignores launches.
-
-    Each one has a device number of its own. Triton keeps compiled kernels by device number, so no
-    target meets what was compiled for another one.
-    """
-
-    def __init__(self, device: Device):
-        self.device = next(_device_numbers)
-        self.target = device.compile_target
-        self.utils = _FakeUtils(device)
-        self.grid = (0, 0, 0)
-
-    @classmethod
-    def is_active(cls):
-        return True
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.device
-
-    def set_current_device(self, device):
-        pass
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_device_capability(self, device=None):
-        arch = self.target.arch
-        return divmod(arch if isinstance(arch, int) else int(arch[3:5]), 10)
-
-    def get_active_torch_device(self):
-        import torch
-
-        return torch.device("cpu")
-
-    def get_benchmarker(self):
-        """An autotuner compiles each of its configurations and takes the first."""
-
-        def benchmark(call, quantiles=None, **options):
-            call()
-            return [1.0] * len(quantiles or [0.5])
-
-        return benchmark
-
-    def map_python_to_cpp_type(self, ty):
-        raise NotImplementedError("nothing is launched, so no launcher is built")
-
-    def launcher_cls(self, source, metadata):
-        def launch(grid_x, grid_y, grid_z, *_):
-            self.grid = (grid_x, grid_y, grid_z)
-            if self.target.backend == "cuda" and max(grid_x >> 15, grid_y, grid_z) > 65535:
-                raise RuntimeError(f"CUDA refuses grid {self.grid}: y and z may be 65535 at most")
-
-        return launch
-
-
-class _FakeUtils:
-    def __init__(self, device: Device):
-        self.properties = {
-            "max_shared_mem": device.shared_memory,
-            "multiprocessor_count": device.multiprocessors,
-            "warpSize": device.compile_target.warp_size,
-            "max_num_regs": 65536,
-        }
-
-    def get_device_properties(self, device):
-        return self.properties
-
-    def load_binary(self, name, kernel, shared, device):
-        module, function, registers, spills, most_threads = 0, 0, 0, 0, 1024
-        return module, function, registers, spills, most_threads
+@contextlib.contextmanager
+def target(name: str, cache: str | None = None) -> Iterator[Launches]:
+    """compiling(TARGETS[name]); the cache is this folder, or a temporary one of this process."""
+    with (
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache or _CACHE.name),
+        compiling(TARGETS[name]) as launches,
+    ):
+        yield launches
