@@ -222,9 +222,9 @@ a norm asks for. The number of kernels is held against profiles below.
 
 The projections of the time embedding stay ([architecture.md](architecture.md) says why); those of
 the text are gone in `sampling()`. In NCHW less is saved than in channels_last: diffusers'
-transformers give NCHW anyway, so the copies into it stay; in SD 1.5 `add_layer_norm` copies tokens
-that are a transposed view of an image, which an addition would read as they are; and what cuDNN
-does to compute in NCHW, which is hidden, stays.
+transformers give NCHW anyway, so the copies into it stay; in SD 1.5 the tokens of an image are made
+dense once, of which eager's norm makes a copy and its addition reads none; and what cuDNN does to
+compute in NCHW, which is hidden, stays.
 """
 
 PREDICTION = """
