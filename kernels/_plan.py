@@ -175,14 +175,13 @@ class _Unplanned(Exception):
 def _record(
     function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]
 ) -> _Plan | None:
-    copies = [_unwritten(arg) if isinstance(arg, Tensor) else arg for arg in args]
-    recording = _Recording([arg for arg in copies if isinstance(arg, Tensor)])
-    _local.recording = recording
     try:
+        copies = [_unwritten(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        recording = _local.recording = _Recording([c for c in copies if isinstance(c, Tensor)])
         with recording:
             results = function(*copies, **options)
         return recording.plan(results)
-    except _Unplanned:
+    except (_Unplanned, torch.OutOfMemoryError):  # the call by itself may still fit
         return None
     finally:
         _local.recording = None

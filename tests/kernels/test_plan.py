@@ -236,6 +236,15 @@ def test_what_no_plan_can_hold_is_called_each_time(function):
     assert list(launcher._plans.values()) == [None]
 
 
+def test_without_the_memory_to_record_a_call_runs_as_it_is():
+    launcher = fresh(op_calls.operator("geglu").forward)
+    with mock.patch.object(_plan, "_unwritten", side_effect=torch.OutOfMemoryError("CUDA")):
+        for _ in range(3):
+            x = torch.randn(4, 32, device=DEVICE)
+            assert_same(launcher(x, save=False), fresh(launcher)(x, save=False))
+    assert list(launcher._plans.values()) == [None]
+
+
 def test_views_of_results_and_ops_in_place():
     def function(x, save):
         y = x.new_zeros(2, 4)
