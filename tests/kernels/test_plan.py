@@ -134,6 +134,19 @@ def test_parts_of_larger_tensors():
         assert_same(launcher(part, save=False), fresh(launcher)(part, save=False))
 
 
+def test_a_launch_and_an_op_on_a_part_of_an_argument():
+    """Which is itself a part of a larger tensor, of another place at each call."""
+    geglu = op_calls.operator("geglu").forward._function
+
+    def function(x, save):
+        return *geglu(x[1:], save=save), x[1:].sum(0)
+
+    launcher = _plan.Launcher(function)
+    for part in torch.randn(6, 4, 32, device=DEVICE).unbind():
+        assert_same(launcher(part, save=False), function(part, save=False))
+    assert [type(plan) for plan in launcher._plans.values()] == [_plan._Plan]
+
+
 def test_a_tensor_that_is_copied_first():
     """Its features are apart: the launcher makes them dense, and the plan does too."""
     launcher = fresh(op_calls.operator("geglu").forward)
