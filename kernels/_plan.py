@@ -49,6 +49,10 @@ class Launcher:
         self._function = function
         self._plans: dict[Any, Any] = {}
 
+    def clear(self) -> None:
+        """Forget every plan."""
+        self._plans.clear()
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if tensors[0].device.type not in DEVICES or not _TAKES_ALL:
@@ -60,7 +64,7 @@ class Launcher:
         if type(plan) is _Plan:
             return plan(tensors)
         if len(self._plans) >= _MOST:
-            self._plans.clear()
+            self.clear()
         self._plans.setdefault(kind, _SEEN)
         return self._function(*args, **options)
 

@@ -20,10 +20,11 @@ from unittest import mock
 
 import fastunet.kernels
 from fastunet.kernels import _operator
+from fastunet.kernels._plan import Launcher
 
 PACKAGE = "fastunet.kernels"
 KERNELS = Path(fastunet.kernels.__file__).parent
-LAUNCHERS = ("forward", "fake", "keep", "backward", "fake_backward", "again")
+ROLES = ("check", "forward", "fake", "keep", "backward", "fake_backward", "again")
 
 
 @contextlib.contextmanager
@@ -48,10 +49,13 @@ def _in_place_of(original: ModuleType, changed: ModuleType, source: str) -> Iter
                     stack.enter_context(mock.patch.object(module, name, new))
             operator = vars(module).get("_operator")
             if isinstance(operator, _operator.Operator):
-                for role in LAUNCHERS:
+                for role in ROLES:
+                    of, name = operator, role
+                    if isinstance(getattr(of, name), Launcher):
+                        of, name = getattr(of, name), "_function"
                     for old, new in pairs.values():
-                        if getattr(operator, role) is old:
-                            stack.enter_context(mock.patch.object(operator, role, new))
+                        if getattr(of, name) is old:
+                            stack.enter_context(mock.patch.object(of, name, new))
         yield
 
 
