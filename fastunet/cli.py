@@ -162,7 +162,7 @@ def tune(
         typer.echo("no kernel can run here: Triton is not installed", err=True)
         raise typer.Exit(2)
     from fastunet import accelerate, dry_run, models, tune
-    from fastunet.warmup import check_arguments, parse_sizes
+    from fastunet.warmup import PIXELS, check_arguments, parse_sizes
 
     published, kind = getattr(models, config.name.upper()), getattr(torch, dtype.value)
     try:
@@ -173,13 +173,13 @@ def tune(
     except ValueError as reason:
         typer.echo(reason, err=True)
         raise typer.Exit(2) from reason
-    (width, height), layout = sizes[0], torch.channels_last
+    width, height = sizes[0]
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         unet = models.UNet(published).to(kind).train(training)
     if channels_last:
-        unet = unet.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     accelerate(unet, cuda_graph=cuda_graph)
-    args, kwargs = dry_run.make_inputs(unet, batch, height // 8, width // 8)
+    args, kwargs = dry_run.make_inputs(unet, batch, height // PIXELS, width // PIXELS)
     tuning = tune(unet, *args, **kwargs)
     typer.echo(json.dumps(tuning.to_dict(), indent=2) if as_json else tuning)
 

@@ -194,6 +194,7 @@ class Operator:
             tensors = _tensors(args)
             seen = _launch.is_traced() or _launch.is_transformed(tensors)
             seen = seen or torch.is_grad_enabled()  # for a second derivative
+            seen = seen or any(tensor.is_neg() for tensor in tensors)  # the dispatcher negates it
             results = (self.registered_backward if seen else self._run_backward)(*args)
             found.update(zip(_positions(needs), results, strict=True))
         gradients: list[Tensor | None] = [None] * len(wanted)

@@ -312,6 +312,17 @@ def test_threads_record_apart():
     assert all(type(plan) is _plan._Plan for plan in launcher._plans.values())
 
 
+def test_a_gradient_may_be_a_negated_view():
+    """As complex numbers leave it."""
+    grads = []
+    for upstream in (torch._neg_view, torch.neg):
+        x = torch.linspace(-1, 1, 128, device=DEVICE).view(4, 32).requires_grad_()
+        y = kernels.geglu(x, backend="triton")
+        y.backward(upstream(torch.ones_like(y)))
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_a_negated_view_is_no_plain_tensor(backend):
     """Its memory holds the opposite of its values."""
