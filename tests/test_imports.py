@@ -27,9 +27,9 @@ PASSES = {
     "testing",
     "tune",
 }
-LIBRARY = HOSTS | PASSES | {"info", "layouts", "models"}
+LIBRARY = HOSTS | PASSES | {"info", "layouts", "models", "segmentation"}
 COMPILED = LIBRARY | {"offline", "dry_run"}
-COMMANDS = COMPILED | {"check_ops", "demo", "interpreter", "warmup", "fastunet"}
+COMMANDS = COMPILED | {"check_ops", "demo", "interpreter", "training", "warmup", "fastunet"}
 ARROWS: dict[str, set[str]] = {
     "kernels": TENSORS,
     "models": {"models"},
@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "nn": TENSORS | {"_plain", "_merged", "_constants", "nn"},
     "hosts": HOSTS | {"models"},
     "layouts": set(),
+    "segmentation": {"models"},
     **dict.fromkeys(PASSES, LIBRARY),
     "interpreter": TENSORS,
     "offline": TENSORS,
@@ -47,8 +48,10 @@ ARROWS: dict[str, set[str]] = {
     "warmup": COMPILED,
     "check_ops": COMMANDS,
     "demo": COMMANDS,
+    "training": COMMANDS,
     "info": TENSORS,
-    "cli": COMMANDS | {"cli"},
+    "cli_train": COMMANDS,
+    "cli": COMMANDS | {"cli", "cli_train"},
     "__main__": {"cli"},
 }
 # Part -> the other packages that it may import, where that is limited.

@@ -127,7 +127,13 @@ def test_metadata_promises(metadata: Message):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"bench", "demo", "dev", "diffusers"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "bench",
+        "demo",
+        "dev",
+        "diffusers",
+        "train",
+    }
 
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     core = {r.name: r for r in requirements if "extra" not in str(r.marker)}
