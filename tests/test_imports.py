@@ -27,7 +27,9 @@ PASSES = {
     "testing",
     "tune",
 }
-LIBRARY = HOSTS | PASSES | {"info", "layouts", "models", "segmentation"}
+LIBRARY = HOSTS | PASSES | {
+    *("distributed", "info", "layouts", "models", "segmentation", "text_to_image")
+}
 COMPILED = LIBRARY | {"offline", "dry_run"}
 COMMANDS = COMPILED | {"check_ops", "demo", "interpreter", "training", "warmup", "fastunet"}
 ARROWS: dict[str, set[str]] = {
@@ -41,6 +43,8 @@ ARROWS: dict[str, set[str]] = {
     "hosts": HOSTS | {"models"},
     "layouts": set(),
     "segmentation": {"models"},
+    "distributed": set(),
+    "text_to_image": {"models", "diffusion", "checkpoints"},
     **dict.fromkeys(PASSES, LIBRARY),
     "interpreter": TENSORS,
     "offline": TENSORS,
