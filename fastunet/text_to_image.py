@@ -54,8 +54,8 @@ class Vocabulary:
 
     @classmethod
     def of_captions(cls, captions: Iterable[str], size: int = 4096) -> "Vocabulary":
-        """Every character of the captions, and the words that most of them have, up to ``size`` pieces;
-        as long as the longest caption."""
+        """Every character of the captions, and the words that most of them have: ``size`` pieces
+        at most; as long as the longest caption."""
         texts = [caption.lower() for caption in captions]
         characters = sorted({c for text in texts for c in text if not c.isspace()})
         words = Counter(word for text in texts for word in set(re.findall(r"\w+", text)))

@@ -27,9 +27,8 @@ PASSES = {
     "testing",
     "tune",
 }
-LIBRARY = HOSTS | PASSES | {
-    *("distributed", "info", "layouts", "models", "segmentation", "text_to_image")
-}
+OTHERS = {"distributed", "info", "layouts", "models", "segmentation", "text_to_image"}
+LIBRARY = HOSTS | PASSES | OTHERS
 COMPILED = LIBRARY | {"offline", "dry_run"}
 COMMANDS = COMPILED | {"check_ops", "demo", "interpreter", "training", "warmup", "fastunet"}
 ARROWS: dict[str, set[str]] = {
