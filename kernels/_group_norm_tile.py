@@ -56,17 +56,22 @@ def _end(S, first_s, steps, BLOCK_S: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _load(
-    x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask,
+    x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width, c, s, mask,
     C1: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Channels c [BLOCK_C] of x, and from C1 on of skip, at positions s [BLOCK_S]; 0 if masked."""
-    c, s = c.to(tl.int64)[:, None], s.to(tl.int64)[None, :]
-    at = x_ptr + c * stride_xc + s * stride_xs
+    c = c.to(tl.int64)[:, None]
+    at = x_ptr + c * stride_xc + s.to(tl.int64)[None, :] * stride_xs
     if skip_ptr is None:
         value = tl.load(at, mask=mask, other=0.0)
     else:  # each value from one of the two; a load of either pointer does not compile for AMD
         value = tl.load(at, mask=mask & (c < C1), other=0.0)
-        at = skip_ptr + (c - C1) * stride_kc + s * stride_ks
+        if skip_width is None:
+            place = s.to(tl.int64) * stride_ks
+        else:  # lines of a larger image
+            place = (s // skip_width).to(tl.int64) * stride_kh
+            place += (s % skip_width).to(tl.int64) * stride_ks
+        at = skip_ptr + (c - C1) * stride_kc + place[None, :]
         value = tl.where(c < C1, value, tl.load(at, mask=mask & (c >= C1), other=0.0))
     return value.to(ACC)
 
@@ -141,6 +146,24 @@ def dense_channels(t: Tensor | None) -> tuple[Tensor | None, int]:
 
 def strides(rows: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if rows is None else rows.stride()
+
+
+def skip_source(skip: Tensor | None) -> tuple[Tensor | None, tuple[int | None, ...]]:
+    """The second source as it is read: the tensor; then its strides between samples, channels and
+    positions and, of a crop, between lines, and the positions of a line."""
+    if skip is None or not is_crop(skip):
+        rows = None if skip is None else _launch.rows(skip)
+        return rows, (*strides(rows), None, None)
+    stride_n, stride_c, stride_h, stride_w = skip.stride()
+    return skip, (stride_n, stride_c, stride_w, stride_h, skip.shape[3])
+
+
+def is_crop(image: Tensor) -> bool:
+    """Whether it is cut out of a larger image, NCHW or NHWC, so that its lines lie apart."""
+    if image.dim() != 4 or min(image.shape) == 0:
+        return False
+    _, stride_c, stride_h, stride_w = image.stride()
+    return min(stride_c, stride_w) == 1 and stride_h > image.shape[3] * stride_w > 0
 
 
 def is_aligned(rows: Tensor) -> bool:

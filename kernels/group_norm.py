@@ -39,7 +39,7 @@ from fastunet.kernels._group_norm_tile import (
     is_aligned,
     launch_options,
     launch_table,
-    strides,
+    skip_source,
 )
 from fastunet.kernels._operator import Operator
 from fastunet.kernels._plan import launch
@@ -69,13 +69,13 @@ def _merged_slices(
     return merged, merged_correction, tl.sum(m2 + count * deviation * deviation, 1)
 
 
-@triton.jit(do_not_specialize=["S", "steps", "phase"])
+@triton.jit(do_not_specialize=["S", "steps", "phase", "skip_width"])
 def _group_norm_kernel(
     y_ptr,  # [N, C, S], strides stride_yn, stride_yc, stride_ys
     statistics_ptr,  # [N, groups, 3] contiguous: guess, correction, rstd; or None
     slices_ptr,  # [N, groups, slices, 3] contiguous: guess, correction, m2
     x_ptr,  # [N, C1, S], strides stride_xn, stride_xc, stride_xs
-    skip_ptr,  # [N, C - C1, S], strides stride_kn, stride_kc, stride_ks; or None
+    skip_ptr,  # [N, C - C1, S], strides stride_kn, stride_kc, stride_ks, see skip_source; or None
     weight_ptr,  # [C] contiguous, or None
     bias_ptr,  # [C] contiguous, or None
     shift_ptr,  # [N, C], strides stride_shift, 1; or None
@@ -92,6 +92,8 @@ def _group_norm_kernel(
     stride_kn,
     stride_kc,
     stride_ks,
+    stride_kh,
+    skip_width,
     stride_shift,
     stride_scale,
     eps: tl.constexpr,
@@ -122,7 +124,10 @@ def _group_norm_kernel(
 
     s = first_s + lane_s
     mask = mask_c[:, None] & (s < last_s)[None, :]
-    first = _load(x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC)
+    first = _load(
+        x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width, c, s,
+        mask, C1, ACC,
+    )  # fmt: skip
 
     if phase == APPLY:
         guess, correction, m2 = _merged_slices(
@@ -141,8 +146,9 @@ def _group_norm_kernel(
             s = s0 + lane_s
             mask = mask_c[:, None] & (s < last_s)[None, :]
             x = _load(
-                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC
-            )
+                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width,
+                c, s, mask, C1, ACC,
+            )  # fmt: skip
             d = tl.where(mask, x + centre[:, None], 0.0)
             sum_tile += d
             square_tile += d * d
@@ -185,8 +191,9 @@ def _group_norm_kernel(
             s = s0 + lane_s
             mask = mask_c[:, None] & (s < last_s)[None, :]
             x = _load(
-                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC
-            )
+                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width,
+                c, s, mask, C1, ACC,
+            )  # fmt: skip
             _store(y_row, stride_ys, s, last_s, mask_c, x, centre, scale, bias, SILU)
 
 
@@ -212,7 +219,7 @@ def _forward(
     if y.numel() == 0:
         return y, saved
     rows = _launch.rows(x)
-    skip_rows = None if skip is None else _launch.rows(skip)
+    skip_rows, skip_strides = skip_source(skip)
     y_rows = y.mT if tokens else _launch.rows(y)
     samples, channels, space = y_rows.shape
     group_channels = channels // num_groups
@@ -235,7 +242,7 @@ def _forward(
             _group_norm_kernel, grid,
             y_rows, saved, slices, rows, skip_rows, weight, bias, shift, scale_shift,
             space, _launch.cdiv(_launch.cdiv(space, tile.space), tile.slices), phase.value,
-            *y_rows.stride(), *rows.stride(), *strides(skip_rows), stride_shift, stride_scale,
+            *y_rows.stride(), *rows.stride(), *skip_strides, stride_shift, stride_scale,
             eps=float(eps), C=channels, C1=rows.shape[1], GROUP_C=group_channels,
             TILE_C=tile.groups * group_channels, BLOCK_C=tile.channels, BLOCK_S=tile.space,
             BLOCK_G=_launch.next_power_of_2(tile.groups), MAX_SLICES=MAX_SLICES,
@@ -317,7 +324,8 @@ def group_norm(
         scale_shift: [N, 2C], scale beside offset: the norm's result times 1 + scale, plus offset
             (adaptive group normalisation, Dhariwal and Nichol 2021), or None.
         skip: [N, C2, *S] in x's dtype: the channels after x's, as if concatenated; the decoder of a
-            U-Net takes them from its encoder. None: C2 is 0.
+            U-Net takes them from its encoder. The crop of a larger image is read where it lies.
+            None: C2 is 0.
         activation: None or "silu".
         tokens: return the channels of each position side by side, as a transformer reads them.
         backend: "auto", "triton" or "torch"; see docs/architecture.md.

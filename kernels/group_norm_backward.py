@@ -39,8 +39,10 @@ from fastunet.kernels._group_norm_tile import (
     _parameter,
     dense_channels,
     is_aligned,
+    is_crop,
     launch_options,
     launch_table,
+    skip_source,
     strides,
 )
 from fastunet.kernels._plan import launch
@@ -75,11 +77,15 @@ def _constants(
 
 @triton.jit
 def _d_and_g(
-    x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, grad_row, stride_gs,
-    c, s, mask, centre, scale, offset, C1: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width, grad_row,
+    stride_gs, c, s, mask, centre, scale, offset,
+    C1: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """d and g at positions s, [BLOCK_C, BLOCK_S], 0 where masked."""
-    x = _load(x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, c, s, mask, C1, ACC)
+    x = _load(
+        x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width, c, s,
+        mask, C1, ACC,
+    )  # fmt: skip
     g = tl.load(grad_row + s.to(tl.int64)[None, :] * stride_gs, mask=mask, other=0.0).to(ACC)
     d = tl.where(mask, x + centre[:, None], 0.0)
     if SILU:
@@ -117,7 +123,7 @@ def _store_d_u(
         tl.store(at, d_u.to(d_skip_ptr.dtype.element_ty), mask=mask & (c >= C1))
 
 
-@triton.jit(do_not_specialize=["S", "steps", "phase"])
+@triton.jit(do_not_specialize=["S", "steps", "phase", "skip_width"])
 def _group_norm_backward_kernel(
     d_x_ptr,  # [N, C1, S], strides stride_dxn, stride_dxc, stride_dxs; or None
     d_skip_ptr,  # [N, C - C1, S], strides stride_dkn, stride_dkc, stride_dks; or None
@@ -129,7 +135,7 @@ def _group_norm_backward_kernel(
     grad_ptr,  # [N, C, S], strides stride_gn, stride_gc, stride_gs
     statistics_ptr,  # [N, groups, 3] contiguous: guess, correction, rstd
     x_ptr,  # [N, C1, S], strides stride_xn, stride_xc, stride_xs
-    skip_ptr,  # [N, C - C1, S], strides stride_kn, stride_kc, stride_ks; or None
+    skip_ptr,  # [N, C - C1, S], strides stride_kn, stride_kc, stride_ks, see skip_source; or None
     weight_ptr,  # [C] contiguous, or None
     bias_ptr,  # [C] contiguous, or None
     shift_ptr,  # [N, C], strides stride_shift, 1; or None
@@ -152,6 +158,8 @@ def _group_norm_backward_kernel(
     stride_kn,
     stride_kc,
     stride_ks,
+    stride_kh,
+    skip_width,
     stride_shift,
     stride_scale,
     C: tl.constexpr,
@@ -207,8 +215,8 @@ def _group_norm_backward_kernel(
             s = s0 + lane_s
             mask = mask_c[:, None] & (s < last_s)[None, :]
             d, g = _d_and_g(
-                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, grad_row, stride_gs,
-                c, s, mask, centre, scale, offset, C1, SILU, ACC,
+                x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh, skip_width,
+                grad_row, stride_gs, c, s, mask, centre, scale, offset, C1, SILU, ACC,
             )  # fmt: skip
             a_tile += g
             b_tile += g * d
@@ -261,8 +269,9 @@ def _group_norm_backward_kernel(
                 s = s0 + lane_s
                 mask = mask_c[:, None] & (s < last_s)[None, :]
                 d, g = _d_and_g(
-                    x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, grad_row,
-                    stride_gs, c, s, mask, centre, scale, offset, C1, SILU, ACC,
+                    x_ptr, stride_xc, stride_xs, skip_ptr, stride_kc, stride_ks, stride_kh,
+                    skip_width, grad_row, stride_gs, c, s, mask, centre, scale, offset, C1, SILU,
+                    ACC,
                 )  # fmt: skip
                 _store_d_u(
                     d_x_ptr, stride_dxc, stride_dxs, d_skip_ptr, stride_dkc, stride_dks, c, s,
@@ -306,9 +315,8 @@ def backward(
         next(wanted) if need else None for need in needs
     )
     rows, grad_rows = _launch.rows(x), _launch.rows(grad.mT if tokens else grad)
-    skip_rows, d_x_rows, d_skip_rows = (
-        None if t is None else _launch.rows(t) for t in (skip, d_x, d_skip)
-    )
+    skip_rows, skip_strides = skip_source(skip)
+    d_x_rows, d_skip_rows = (None if t is None else _launch.rows(t) for t in (d_x, d_skip))
     samples, channels, space = grad_rows.shape
     group_channels = channels // num_groups
     row_bytes = group_channels * x.element_size() if _launch.is_channels_last(rows) else 0
@@ -336,7 +344,7 @@ def backward(
             grad_rows, statistics, rows, skip_rows, weight, bias, shift, scale_shift,
             space, _launch.cdiv(_launch.cdiv(space, tile.space), tile.slices), phase.value,
             *strides(d_x_rows), *strides(d_skip_rows), *grad_rows.stride(), *rows.stride(),
-            *strides(skip_rows), stride_shift, stride_scale,
+            *skip_strides, stride_shift, stride_scale,
             C=channels, C1=rows.shape[1], GROUP_C=group_channels,
             TILE_C=tile.groups * group_channels, BLOCK_C=tile.channels, BLOCK_S=tile.space,
             BLOCK_G=_launch.next_power_of_2(tile.groups),
@@ -358,7 +366,7 @@ def fake_backward(
     activation: str | None, tokens: bool, statistics: Tensor, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     of_images = [
-        _launch.empty_like_rows(t, _launch.rows(t))
+        _launch.empty_like_rows(t, _launch.rows(t[:, :, :1] if is_crop(t) else t))
         for t, need in zip((x, skip), needs, strict=False)
         if need and t is not None
     ]

@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, profiler
+from torch.nn import functional as F
 
 from fastunet import kernels
 from fastunet.kernels import reference
@@ -148,6 +149,41 @@ def test_two_sources_at_the_widths_of_the_real_models(sources, dtype, layout, de
 def test_two_sources_of_different_layouts(layouts, device):
     x, skip = (LAYOUTS[layout](torch.randn(2, 12, 4, 6, device=device)) for layout in layouts)
     assert_gradients(triton_group_norm, eager, x, 4, skip=skip, activation="silu")
+
+
+def crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """From the middle of an image whose border is NaN, so that no value of it can pass unseen."""
+    border = F.pad(image, (2, 3, 1, 2), value=torch.nan)
+    if image.is_contiguous(memory_format=torch.channels_last):
+        border = border.contiguous(memory_format=torch.channels_last)
+    return border[:, :, 1 : 1 + height, 2 : 2 + width]
+
+
+# One line, one column, several steps.
+@pytest.mark.parametrize("size", [(1, 5), (5, 1), (13, 11)], ids=str)
+@pytest.mark.parametrize("layouts", [("nchw", "nchw"), ("nhwc", "nhwc"), ("nhwc", "nchw")], ids=str)
+def test_a_crop_is_read_where_it_lies(layouts, size, device):
+    """Crop, concatenation, norm and SiLU of the U-Net of 2015, in one kernel and without a copy."""
+    x, skip = (LAYOUTS[layout](torch.randn(2, 30, *size, device=device)) for layout in layouts)
+    skip = crop(skip * 2 + 1, *size)
+    weight, bias = torch.randn(2, 60, device=device)
+    parts = dict(skip=skip, activation="silu")
+    assert_gradients(triton_group_norm, eager, x, 4, weight, bias, **parts)
+    with profiler.profile(activities=[profiler.ProfilerActivity.CPU]) as profile:
+        triton_group_norm(x, 4, weight, bias, **parts)
+    seen = {event.name for event in profile.events()}
+    assert "aten::empty" in seen and not seen & {"aten::clone", "aten::cat"}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_the_gradient_of_a_crop_reaches_the_image_that_it_was_cut_from(layout, device):
+    x = LAYOUTS[layout](torch.randn(1, 6, 4, 5, device=device))
+    whole = LAYOUTS[layout](torch.randn(1, 10, 8, 9, device=device))
+
+    def cropped(x, whole, norm=triton_group_norm):
+        return norm(x, 2, skip=whole[:, :, 2:6, 1:6], activation="silu")
+
+    assert_gradients(cropped, partial(cropped, norm=eager), x, whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

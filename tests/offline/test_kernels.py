@@ -19,6 +19,7 @@ STRICT = gate.NEVER_SPILL
 SOME = [
     Call("group_norm", "shift silu", (640, 32), FORWARD),
     Call("group_norm", "skip silu", (640, 320, 64), BACKWARD, channels_last=True),
+    Call("group_norm", "crop silu", (512, 512, 56), FORWARD, channels_last=True),
     Call("attention", "cross", (8, 40, 4096, 77), FORWARD),
     Call("attention", "cross", (8, 40, 4096, 77), BACKWARD),
     Call("attention", "self", (8, 80, 1024, 1024), FORWARD),
@@ -34,6 +35,7 @@ MORE = [
     Call("group_norm", "tokens", (320, 64), SAVING),
     Call("group_norm", "scale_shift silu", (640, 32), BACKWARD),
     Call("group_norm", "shift silu", (1280, 16), BACKWARD, FP32, channels_last=True),
+    Call("group_norm", "crop silu", (512, 512, 56), BACKWARD, channels_last=True),
     Call("attention", "cross", (8, 160, 256, 77), FORWARD),
     Call("attention", "cross", (8, 160, 256, 77), BACKWARD),
     Call("attention", "self", (10, 64, 4096, 4096), SAVING),
@@ -96,6 +98,15 @@ def test_group_norm_at_the_edges(target):
         # ptxas trades a register or two for occupancy here; a table that grows with the groups
         # and the slices of a program would be kilobytes.
         assert used["spill_bytes"] <= 64, (channels, groups, side, used)
+
+
+@pytest.mark.parametrize("target", STRICT)
+def test_group_norm_with_a_crop_whose_lines_lie_at_no_boundary(target):
+    """In NCHW it is read value by value; nothing is spilled for that."""
+    calls = [Call("group_norm", "crop silu", (512, 512, 56), way) for way in (FORWARD, BACKWARD)]
+    variants = list(compile_target.variants(target, calls))
+    assert len(variants) == 2
+    assert [variant["used"]["spill_bytes"] for variant in variants] == [0, 0]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx950"])

@@ -17,6 +17,7 @@ import torch
 import triton
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastunet import kernels
 from fastunet.kernels import _group_norm_tile, reference
@@ -54,7 +55,7 @@ class Seen:
         return seen if self.dtype == torch.bool else torch.where(seen, 0.5, -1e4).to(self.dtype)
 
 
-LAYOUTS = ("dense", "channels_last", "transposed", "sliced", "offset", "expanded")
+LAYOUTS = ("dense", "channels_last", "transposed", "sliced", "cropped", "offset", "expanded")
 
 
 def with_strides(t: Tensor, layout: str) -> Tensor:
@@ -66,6 +67,8 @@ def with_strides(t: Tensor, layout: str) -> Tensor:
     if layout == "sliced":  # every second of the last, every third of the one before
         wide = t.repeat_interleave(2, -1)
         return wide[..., ::2] if t.dim() == 1 else wide.repeat_interleave(3, -2)[..., ::3, ::2]
+    if layout == "cropped" and t.dim() == 4:  # out of the middle of a larger image
+        return F.pad(t, (1, 2, 3, 1), value=torch.nan)[..., 3:-1, 1:-2]
     if layout == "offset":  # no address is a multiple of 16 bytes
         return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
     if layout == "expanded" and t.dim() > 1:

@@ -79,7 +79,10 @@ class Call:
                 "skip": lambda: image(widths[1], side),
                 "tokens": lambda: True,
             }
-            return made | {name: extras[name]() for name in self.form.split() if name in extras}
+            made |= {name: extras[name]() for name in self.form.split() if name in extras}
+            if "crop" in self.form:  # of the U-Net of 2015, whose encoder's images are larger
+                made["skip"] = image(widths[1], side + 8)[:, :, 4:-4, 4:-4]
+            return made
         if self.op == "attention":
             heads, head_dim, queries, keys = self.sizes
             lengths = {"query": queries, "key": keys, "value": keys}
