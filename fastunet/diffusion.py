@@ -101,6 +101,8 @@ def noise_prediction_loss(
     context: Any,
     *,
     generator: torch.Generator | None = None,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Mean squared error of the predicted noise at random timesteps (Ho et al. 2020, eq. 14).
@@ -108,17 +110,21 @@ def noise_prediction_loss(
     `x0` is `[N, ...]` and not empty, else ValueError. `model(x_t, timesteps, context,
     **conditions)` gets int64 timesteps `[N]` and returns the predicted noise in x_t's shape, or an
     object that holds it as `.sample`. Returns a scalar in fp32 (fp64 for fp64 data). `generator`
-    may live on the CPU whatever x0's device.
+    may live on the CPU whatever x0's device. `timesteps`, `[N]` (on the CPU they are checked
+    without a GPU sync), and `noise`, `[N, ...]`, replace its draws.
     """
     _check_tensor("x0", x0)
     if x0.numel() == 0 or x0.ndim == 0:
         raise ValueError(f"x0 {tuple(x0.shape)} must have shape [N, ...] and not be empty")
-    # Without a generator the timesteps come from the CPU's: checking them then needs no GPU sync.
-    device = generator.device if generator is not None else torch.device("cpu")
-    timesteps = torch.randint(
-        schedule.num_timesteps, x0.shape[:1], generator=generator, device=device
-    )
-    noise = _randn_like(x0, generator)  # [N, C, H, W]
+    if timesteps is None:
+        # Without a generator they come from the CPU's: checking them then needs no GPU sync.
+        device = generator.device if generator is not None else torch.device("cpu")
+        timesteps = torch.randint(
+            schedule.num_timesteps, x0.shape[:1], generator=generator, device=device
+        )
+    elif timesteps.shape != x0.shape[:1]:
+        raise ValueError(f"timesteps {tuple(timesteps.shape)} must have shape ({len(x0)},)")
+    noise = _randn_like(x0, generator) if noise is None else noise  # [N, C, H, W]
     noisy = schedule.add_noise(x0, noise, timesteps)
     prediction = _predict_noise(model, noisy, timesteps.to(x0.device), context, conditions)
     return F.mse_loss(_fp32_at_least(prediction), _fp32_at_least(noise))
@@ -312,7 +318,7 @@ def sample(
     x_t = _randn_like(x_t, generator) if noise is None else noise.to(x_t)
 
     batches = timesteps.to(x_t.device)[:, None].repeat(1, len(context))  # [steps, N or 2N]
-    bar = _progress_bar(steps) if progress else nullcontext(lambda: None)
+    bar = _progress_bar(len(timesteps)) if progress else nullcontext(lambda: None)
     with sampling(model), bar as advance:
         for index, timestep in enumerate(timesteps.tolist()):
             model_input = torch.cat([x_t, x_t]) if guided else x_t

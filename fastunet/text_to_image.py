@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import checkpoints
-from fastunet.diffusion import NoiseSchedule
+from fastunet.diffusion import DDIM, NoiseSchedule, sample
 from fastunet.models import UNet, UNetConfig
 
 __all__ = ["Clip", "TextToImage", "Vocabulary", "Words", "load_folder", "save_folder"]
@@ -215,9 +215,36 @@ class TextToImage(nn.Module):
             raise ValueError("prompts must not be empty")
         return self.text(list(prompts))
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, prompts: list[str]) -> Tensor:
-        """The noise predicted in a noisy sample [N, C, H, W]; one call for a wrapper to see."""
-        return self.unet(sample, timestep, self.encode(prompts))
+    def forward(self, x_t: Tensor, timesteps: Tensor | float, prompts: list[str]) -> Tensor:
+        """The noise predicted in noisy images [N, C, H, W]: all that training computes."""
+        return self.unet(x_t, timesteps, self.encode(prompts))
+
+    def draw(
+        self,
+        prompts: list[str],
+        noise: Tensor,
+        *,
+        steps: int = 25,
+        guidance_scale: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
+        """An image a prompt from this noise, [N, C, H, W] both; DDIM, so nothing else is random.
+
+        The images are about in [-1, 1]; ``options`` are those of `fastunet.diffusion.sample`.
+        """
+        with torch.no_grad():
+            context, none = self.encode(prompts), self.encode([""] * len(prompts))
+        return sample(
+            self.unet,
+            DDIM(self.schedule, clip_sample=1.0),
+            noise.shape,
+            context,
+            negative_context=none,
+            noise=noise.to(context),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            **options,
+        )
 
     def describe(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -266,6 +293,20 @@ def load_folder(folder: str | Path) -> TextToImage:
     return model.eval()
 
 
+def read_unet(path: str | Path) -> UNetConfig:
+    """The U-Net that a JSON file with the fields of UNetConfig describes; those with a default may
+    be left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file.
+    """
+    try:
+        return _unet_config(json.loads(Path(path).read_bytes()))
+    except (ValueError, TypeError, AttributeError) as reason:
+        raise ValueError(f"{path} does not describe a U-Net: {reason}") from reason
+
+
 def write_model(model: TextToImage, folder: Path) -> None:
     """config.json, model.safetensors and tokenizer/ into an empty folder; see `save_folder`."""
     (folder / CONFIG).write_text(json.dumps(model.describe(), indent=2) + "\n")
@@ -304,8 +345,7 @@ def sync(path: Path) -> None:
 def _build(config: dict[str, Any], folder: Path) -> TextToImage:
     _check_keys("it", config, {"size", "schedule", "unet", "text"})
     _check_keys("schedule", config["schedule"], {"name", "num_timesteps"})
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config["unet"].items()}
-    unet, text = UNetConfig(**sizes), config["text"]
+    unet, text = _unet_config(config["unet"]), config["text"]
     if "clip" in text:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -324,6 +364,10 @@ def _build(config: dict[str, Any], folder: Path) -> TextToImage:
         schedule=schedule["name"],
         num_timesteps=schedule["num_timesteps"],
     )
+
+
+def _unet_config(fields: dict[str, Any]) -> UNetConfig:
+    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def _check_keys(name: str, value: Any, keys: set[str]) -> None:
