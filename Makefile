@@ -8,6 +8,9 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 # CompVis ldm and MONAI, hosts in the tests. What ldm requires is pinned to versions of its time.
 HOSTS := stable-diffusion-sdkit==2.1.5 monai==1.6.1
 
+# Installed without bytecode, and a process that may write none compiles PyTorch at each start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .NOTPARALLEL:
 .PHONY: help demo test lint test-triton36 targets fuzz mutants bench gpu-parity gpu-bench gpu-unet clean
 

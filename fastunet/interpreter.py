@@ -21,6 +21,7 @@ anything inside one program: warps, barriers, shared memory.
 Importing this module does not import Triton.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -78,6 +79,7 @@ def make_faithful() -> None:
     _repair_sum(interpreter)
     _repair_scalars(interpreter)
     _silence_numpy(interpreter)
+    _skip_unread_sums(interpreter)
     _patch_once(interpreter)
     interpreter.__dict__["faithful"] = True  # what fastunet.kernels asks for before it takes bf16
 
@@ -284,6 +286,12 @@ def _silence_numpy(interpreter):
     def __call__(original, self, *args, **kwargs):
         with np.errstate(all="ignore"):
             return original(self, *args, **kwargs)
+
+
+def _skip_unread_sums(interpreter):
+    """Each sum of integers is formed again in 64 bits, and looked at in debug mode alone."""
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
 def _patch_once(interpreter):

@@ -35,18 +35,18 @@ def draw(batch, heads, head_dim, queries, keys, dtype=torch.float32, device="cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_parity_at_the_head_dims_of_the_real_models(head_dim, dtype, keys, device):
-    args = draw(2, 2, head_dim, 70, keys, dtype, device)
+    args = draw(1, 2, head_dim, 70, keys, dtype, device)
     assert_gradients(triton_attention, reference.attention, *args)
 
 
 @pytest.mark.parametrize("model", SHAPES)
 def test_parity_at_real_size(model, device):
-    """All shapes on a GPU; in the interpreter the smallest, cross and self, all heads."""
-    shapes = SHAPES[model]["attention"]
+    """All shapes on a GPU; in the interpreter the smallest, all heads of a sample."""
+    shapes, batch = SHAPES[model]["attention"], 2
     if device == "cpu":
-        shapes = [(8, 160, 64, 77), (8, 160, 64, 64)] if model == "sd15" else [(20, 64, 32, 77)]
+        shapes, batch = [(8, 160, 64, 77)] if model == "sd15" else [(20, 64, 32, 77)], 1
     for sizes in shapes:
-        args, _ = make_inputs("attention", *sizes, dtype=torch.float16, device=device)
+        args, _ = make_inputs("attention", *sizes, dtype=torch.float16, device=device, batch=batch)
         assert_gradients(triton_attention, reference.attention, *args)
 
 
@@ -124,7 +124,7 @@ def test_gradients_of_any_strides(keys, upstream, device):
 @pytest.mark.parametrize("head_dim", [40, 160])
 def test_gradients_of_any_subset(head_dim, keys, device):
     """Each alone is what it is among all: past head dim 128 key and value have launches apart."""
-    *made, heads = draw(1, 2, head_dim, 9, keys, torch.float16, device)
+    *made, heads = draw(1, 1, head_dim, 9, keys, torch.float16, device)
     upstream = torch.randn_like(made[0])
 
     def gradients(*wanted):
@@ -146,9 +146,12 @@ def many_processors(monkeypatch):
 
 
 @pytest.mark.usefixtures("many_processors")
-@pytest.mark.parametrize("head_dim", [40, 160])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_in_slices(dtype, head_dim, device):
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(40, torch.float32), (40, torch.bfloat16), (160, torch.float16)],
+    ids=str,
+)
+def test_gradients_in_slices(head_dim, dtype, device):
     args = draw(1, 1, head_dim, 300, 77, dtype, device)
     assert_gradients(triton_attention, reference.attention, *args)
 

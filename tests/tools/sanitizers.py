@@ -35,12 +35,14 @@ class Violation(RuntimeError):
 @contextlib.contextmanager
 def sanitized() -> Iterator[None]:
     """Check the launches made while active. Not thread-safe, like the interpreter itself."""
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     if _state.interpreter is not None:
         raise RuntimeError("sanitized() is already active")
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    checking_overflow = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    options = interpreter.interpreter_builder.options
+    checking = dataclasses.replace(options, sanitize_overflow=True)
     replacements = [
         (executor, "__call__", _checked_call(executor.__call__)),
         (interpreter, "_implicit_cvt", _tagged(interpreter._implicit_cvt)),
@@ -48,7 +50,8 @@ def sanitized() -> Iterator[None]:
         (builder, "create_masked_store", _checked_store(builder.create_masked_store)),
         (builder, "create_atomic_rmw", _checked_rmw(builder.create_atomic_rmw)),
         (builder, "create_atomic_cas", _checked_cas(builder.create_atomic_cas)),
-        (interpreter.interpreter_builder, "options", checking_overflow),
+        (interpreter.interpreter_builder, "options", checking),
+        (TritonSemantic, "binary_op_sanitize_overflow_impl", _check_overflow),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(_state, "interpreter", interpreter))
@@ -181,7 +184,7 @@ def _checked_call(original):
             try:
                 original(self, *args, **kwargs)
             except _state.interpreter.InterpreterError as error:
-                raise _explain(error, launch) from error
+                raise _explain(error) from error
         launch.check_races()
 
     return __call__
@@ -192,14 +195,30 @@ def _is_tensor(value):
     return hasattr(value, "data_ptr") or hasattr(value, "base")
 
 
-def _explain(error, launch):
+def _explain(error):
     """The Violation inside the interpreter's error, or the error itself."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, AssertionError) and "overflow detected" in str(cause):
-        return Violation(f"{launch.kernel}: {cause}, program={_program()}")
     return cause if isinstance(cause, Violation) else error
+
+
+_OPERATIONS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _check_overflow(self, lhs, rhs, operation):
+    """Triton's own check is ten interpreted ops for each one that is checked."""
+    kind = lhs.type.scalar
+    if kind.int_bitwidth >= 64 or _state.launch is None:
+        return
+    left, right = (np.asarray(side.handle.data).astype(np.int64) for side in (lhs, rhs))
+    exact = _OPERATIONS[operation.__name__](left, right)
+    if exact.size and not kind.get_int_min_value() <= exact.min() <= exact.max() <= (
+        kind.get_int_max_value()
+    ):
+        raise Violation(
+            f"{_state.launch.kernel}: {kind} overflow in {operation.__name__}, program={_program()}"
+        )
 
 
 def _program():
