@@ -27,10 +27,21 @@ PASSES = {
     "testing",
     "tune",
 }
-OTHERS = {"distributed", "info", "layouts", "models", "segmentation", "text_to_image"}
+OTHERS = {
+    "distributed",
+    "edit",
+    "info",
+    "layouts",
+    "models",
+    "pictures",
+    "segmentation",
+    "text_to_image",
+}
 LIBRARY = HOSTS | PASSES | OTHERS
 COMPILED = LIBRARY | {"offline", "dry_run"}
-COMMANDS = COMPILED | {"check_ops", "demo", "interpreter", "training", "warmup", "fastunet"}
+SAMPLING = {"generate", "pipelines"}
+OWN = {"check_ops", "demo", "interpreter", "training", "warmup"}
+COMMANDS = COMPILED | SAMPLING | OWN | {"fastunet"}
 ARROWS: dict[str, set[str]] = {
     "kernels": TENSORS,
     "models": {"models"},
@@ -53,8 +64,12 @@ ARROWS: dict[str, set[str]] = {
     "demo": COMMANDS,
     "training": COMMANDS,
     "info": TENSORS,
+    "edit": {"diffusion"},
+    "pictures": set(),
+    **dict.fromkeys(SAMPLING, LIBRARY | SAMPLING | {"fastunet"}),
     "cli_train": COMMANDS,
-    "cli": COMMANDS | {"cli", "cli_train"},
+    "cli_sample": COMMANDS,
+    "cli": COMMANDS | {"cli", "cli_sample", "cli_train"},
     "__main__": {"cli"},
 }
 # Part -> the other packages that it may import, where that is limited.

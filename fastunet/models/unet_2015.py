@@ -65,7 +65,7 @@ class UNet2015Config:
 
     @property
     def context(self) -> int:
-        """Pixels around a pixel that its prediction should have to itself, on each side.
+        """Pixels of an image, on each side, around those that are predicted as in any other cut.
 
         Bilinear upsampling has no neighbour to read beyond the edge of a map and repeats the last
         pixel. So the outermost ``context - margin`` pixels of its prediction depend on the cut.
