@@ -12,7 +12,7 @@ HOSTS := stable-diffusion-sdkit==2.1.5 monai==1.6.1
 export PYTHONDONTWRITEBYTECODE :=
 
 .NOTPARALLEL:
-.PHONY: help demo test lint test-triton36 targets fuzz mutants bench gpu-parity gpu-bench gpu-unet clean
+.PHONY: help demo test lint test-triton36 targets fuzz mutants bench readme gpu-parity gpu-bench gpu-unet clean
 
 help: ## print this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## (.*)/make \1\t\2/' | expand -t 20
@@ -40,14 +40,17 @@ test-triton36: .venv-triton36/.dev ## the kernel tests on Triton 3.6, in a venv 
 targets: .venv/.dev .venv-triton36/.dev ## compile all for 8 GPUs on both Tritons, compare with docs/targets.md
 	TRITON_INTERPRET=0 .venv/bin/python tests/tools/targets.py $(UPDATE)
 
-fuzz: .venv/.dev ## 10,000 random calls of the ops against fp64, others each time
-	.venv/bin/pytest tests/kernels/test_fuzz.py --fuzz 10000 -n 2
+fuzz: .venv/.dev ## 10,000 random calls of the ops against fp64, others each time, and 500 models
+	.venv/bin/pytest tests/kernels/test_fuzz.py tests/hosts/test_random.py --fuzz 10000 --models 500 -n 2
 
 mutants: .venv/.dev ## break the kernels in 120 ways: are 95 % seen, and the others explained?
 	.venv/bin/python tests/tools/mutate.py --count 120
 
-bench: .venv/.dev ## time every op against eager PyTorch (figures mean something on a GPU only)
-	.venv/bin/pytest benchmarks --benchmark-only
+bench: .venv/.dev ## time ops, U-Nets, loops and starts beside their peers; small without a GPU
+	.venv/bin/python -m fastunet bench
+
+readme: .venv/.dev ## write README's figures and plots of a GPU anew from benchmarks/results
+	.venv/bin/python -m fastunet.benchmarks.readme
 
 # They take whatever Python has torch, Triton, diffusers and this package; what is done is not repeated.
 RESULTS ?= runs/gpu

@@ -38,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz", type=int, default=2000, help="random calls of tests/kernels/test_fuzz.py"
     )
+    parser.addoption(
+        "--models", type=int, default=100, help="random models of tests/hosts/test_random.py"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -168,7 +168,8 @@ def test_overflow_of_program_id_times_stride():
     x = torch.empty(2 * stride + 1, dtype=torch.int8)  # its memory is never touched
     y = torch.zeros(3, dtype=torch.int8)
     far_kernel[(3,)](x, y, stride, WIDE=True)
-    with pytest.raises(sanitizers.Violation, match=r"far_kernel: int32 overflow in mul, program=\(2, 0, 0\)"):
+    message = r"far_kernel: int32 overflow in mul, program=\(2, 0, 0\)"
+    with pytest.raises(sanitizers.Violation, match=message):
         far_kernel[(3,)](x, y, stride, WIDE=False)
 
 
