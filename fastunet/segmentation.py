@@ -70,7 +70,7 @@ def _two_nearest(labels: np.ndarray) -> Tensor:
     """labels [H, W] -> d1 + d2 [H, W]; infinite where there are not two objects."""
     first, second = np.full((2, *labels.shape), np.inf)
     for value in np.unique(labels[labels > 0]):
-        distance = ndimage.distance_transform_edt(labels != value)
+        distance = np.asarray(ndimage.distance_transform_edt(labels != value))
         second = np.minimum(second, np.maximum(first, distance))
         first = np.minimum(first, distance)
     return torch.from_numpy(first + second).float()

@@ -259,10 +259,11 @@ def _check_sample(sample: Tensor, config: UNet2015Config, any_size: bool) -> Non
     if sample.dim() != 4 or sample.shape[1] != config.in_channels:
         wanted = f"[N, in_channels={config.in_channels}, H, W]"
         raise ValueError(f"sample must have shape {wanted}, got {list(sample.shape)}")
-    wrong = []
-    for axis, size in (("height", sample.shape[2]), ("width", sample.shape[3])):
+    wrong: list[str] = []
+    axes = () if any_size else (("height", sample.shape[2]), ("width", sample.shape[3]))
+    for axis, size in axes:
         try:
-            any_size or config.output_size(size)
+            config.output_size(size)
         except ValueError as reason:
             wrong.append(str(reason).replace("size", f"sample {axis}", 1))
     if wrong:
