@@ -39,6 +39,7 @@ Visit = Callable[[str, nn.Module], Iterator[Swap | Left]]
 
 # Start of the name of a class's module -> the file that knows the class, or its visit.
 HOSTS: dict[str, str | Visit] = {
+    "fastunet.models.unet_2015": "fastunet.hosts.unet_2015",
     "fastunet.models.unet_sd": "fastunet.hosts.unet_sd",
     "diffusers.": "fastunet.hosts.diffusers",
     "ldm.": "fastunet.hosts.ldm",

@@ -50,16 +50,19 @@ def normalize(
     *,
     shift: Tensor | None = None,
     scale_shift: Tensor | None = None,
+    skip: Tensor | None = None,
     activation: str | None = None,
     tokens: bool = False,
 ) -> Tensor:
-    """act(scale_shift(norm(x + shift))), as image or tokens: fused where ``norm`` is a plain
-    GroupNorm, around it elsewhere; arguments are those of :func:`fastunet.kernels.group_norm`.
+    """act(scale_shift(norm(concat(x, skip) + shift))), as image or tokens: fused where ``norm`` is
+    a plain GroupNorm, around it elsewhere; arguments as of :func:`fastunet.kernels.group_norm`.
     """
     if is_plain(norm, nn.GroupNorm) or is_plain(norm, GroupNorm):
         return fused_norm(
-            norm, x, shift=shift, scale_shift=scale_shift, activation=activation, tokens=tokens
-        )
+            norm, x, shift=shift, scale_shift=scale_shift, skip=skip, activation=activation,
+            tokens=tokens,
+        )  # fmt: skip
+    x = x if skip is None else torch.cat([x, skip], dim=1)
     if shift is not None:
         x = kernels.add_time_embedding(x, shift)
     x = norm(x)
@@ -78,6 +81,7 @@ def fused_norm(
     *,
     shift: Tensor | None = None,
     scale_shift: Tensor | None = None,
+    skip: Tensor | None = None,
     activation: str | None = None,
     tokens: bool = False,
 ) -> Tensor:
@@ -85,10 +89,10 @@ def fused_norm(
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         # Autocast runs group_norm in fp32 on a GPU, and so does what replaces it.
         x = x.float()
-        weight, bias, shift, scale_shift = (
-            t if t is None else t.float() for t in (weight, bias, shift, scale_shift)
+        weight, bias, shift, scale_shift, skip = (
+            t if t is None else t.float() for t in (weight, bias, shift, scale_shift, skip)
         )
     return kernels.group_norm(
         x, norm.num_groups, weight, bias, norm.eps,
-        shift=shift, scale_shift=scale_shift, activation=activation, tokens=tokens,
+        shift=shift, scale_shift=scale_shift, skip=skip, activation=activation, tokens=tokens,
     )  # fmt: skip
