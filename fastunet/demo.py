@@ -7,6 +7,7 @@ the digit goes in letter by letter, through cross-attention, as a prompt does in
 
 import copy
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -18,42 +19,18 @@ import torch
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
-from sklearn import datasets, svm
+from sklearn import svm
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastunet.accelerate import accelerate
 from fastunet.check import Parity, check
-from fastunet.diffusion import DDIM, NoiseSchedule, noise_prediction_loss, sample
 from fastunet.info import info
 from fastunet.kernels import use_backend
-from fastunet.models import TOY, UNet
 from fastunet.testing import compare
-
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SCHEDULE = NoiseSchedule.cosine()
-
-
-class DigitUNet(nn.Module):
-    """A U-Net and the letters that it reads."""
-
-    alphabet = " abcdefghijklmnopqrstuvwxyz"  # the space pads short names, and no name at all
-    length = 5  # letters of the longest name
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet = UNet(TOY)
-        self.letter = nn.Embedding(len(self.alphabet), TOY.context_dim)
-        self.position = nn.Embedding(self.length, TOY.context_dim)
-
-    def encode(self, names: list[str]) -> Tensor:
-        """Names of digits, or "" for none -> context [N, L, context_dim]."""
-        letters = [[self.alphabet.index(c) for c in name.ljust(self.length)] for name in names]
-        at = torch.tensor(letters, device=self.position.weight.device).view(-1, self.length)
-        return self.letter(at) + self.position.weight
+from fastunet.text_to_image import TextToImage
+from fastunet.training import diffusion
+from fastunet.training.data import DIGITS, Digits
 
 
 @dataclass(frozen=True)
@@ -67,58 +44,43 @@ class Run:
     each: int = 10  # samples of each digit
     seed: int = 0
 
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """(images [1797, 1, 8, 8] in [-1, 1], labels [1797])."""
-    pixels, labels = datasets.load_digits(return_X_y=True)  # 0 to 16
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8)
-    return images / 8 - 1, torch.tensor(labels)
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Options of `TextToImage.draw`."""
+        return {"steps": self.sampling_steps, "guidance_scale": self.guidance}
 
 
-def train(model: DigitUNet, run: Run, device: str) -> DigitUNet:
-    """Noise prediction with every tenth name left out; returns the average of the weights."""
-    images, labels = load_digits()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=run.train_steps)
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=run.train_steps)
-        for _ in range(run.train_steps):
-            picked = torch.randint(len(images), (run.batch,))
-            named = torch.rand(run.batch) > 0.1
-            pairs = zip(labels[picked], named, strict=True)
-            names = [NAMES[label] if keep else "" for label, keep in pairs]
-            x0, context = images[picked].to(device), model.encode(names)
-            loss = noise_prediction_loss(model.unet, SCHEDULE, x0, context)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rate.step()
-            average.update_parameters(model)
-            bar.update(task, advance=1, description=f"training, loss {loss.item():.3f}")
-    model.load_state_dict(average.module.state_dict())
-    return model.eval().requires_grad_(False)
-
-
-def draw(model: DigitUNet, names: list[str], run: Run, noise: Tensor, **options: Any) -> Tensor:
-    """A sample a name, [N, 1, 8, 8], from this noise; nothing else is random."""
-    context, none = model.encode(names), model.encode([""] * len(names))
-    options = {"steps": run.sampling_steps, "guidance_scale": run.guidance} | options
-    return sample(
-        model.unet,
-        DDIM(SCHEDULE, clip_sample=1.0),
-        noise.shape,
-        context,
-        negative_context=none,
-        noise=noise.to(context),
-        **options,
+def train(run: Run, out: Path) -> TextToImage:
+    """Plain modules, noise prediction with every tenth name left out; the averaged weights."""
+    shutil.rmtree(out, ignore_errors=True)  # of the demo that ran here before
+    images = Digits()
+    settings = diffusion.Settings(
+        steps=run.train_steps, batch=run.batch, seed=run.seed, accelerate=False
     )
+    model = diffusion.new_model(images, seed=run.seed)
+    return diffusion.train(out, images, model, settings, say=lambda text: None)
+
+
+def recognised(model: TextToImage, run: Run) -> int:
+    """How many of ``run.each`` samples of each digit are taken for the digit asked for."""
+    names = [name for name in DIGITS for _ in range(run.each)]
+    samples = model.draw(names, starting_noise(len(names), run), **run.sampling)
+    return agreeing(names, samples)
+
+
+def starting_noise(count: int, run: Run) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(run.seed))
+
+
+def agreeing(names: list[str], samples: Tensor) -> int:
+    asked = [DIGITS.index(name) for name in names]
+    return sum(a == b for a, b in zip(asked, recognise(samples), strict=True))
 
 
 def recognise(samples: Tensor) -> list[int]:
     """What a support vector machine fitted on the real digits takes each sample for."""
-    images, labels = load_digits()
-    judge = svm.SVC().fit(images.flatten(1).numpy(), labels.numpy())
+    digits = Digits()
+    judge = svm.SVC().fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
     return judge.predict(samples.float().cpu().flatten(1).numpy()).tolist()
 
 
@@ -166,7 +128,7 @@ def _show(axis: Axes, images: Tensor) -> None:
     framed = F.pad(images.float().cpu(), (1, 1, 1, 1), value=-1.0)
     grid = rearrange(framed, "digit column h w -> (digit h) (column w)")
     axis.imshow(grid.numpy(), cmap="gray_r", vmin=-1, vmax=1)
-    axis.set_yticks([10 * row + 5 for row in range(10)], NAMES)
+    axis.set_yticks([10 * row + 5 for row in range(10)], DIGITS)
     axis.tick_params(length=0)
 
 
@@ -186,19 +148,21 @@ def main(
     torch.manual_seed(run.seed)
     out.mkdir(parents=True, exist_ok=True)
 
-    model = train(DigitUNet().to(device), run, device)
+    model = train(run, out / "training").to(device)
     exact, fast = copy.deepcopy(model).double(), copy.deepcopy(model)
     sites = accelerate(fast.unet, strict=True)
     say(f"\n{sites}\n")
 
-    names = [name for name in NAMES for _ in range(run.each)]
-    noise = torch.randn(len(names), 1, 8, 8, generator=torch.Generator().manual_seed(run.seed))
+    names = [name for name in DIGITS for _ in range(run.each)]
+    noise = starting_noise(len(names), run)
     first = slice(None, None, run.each)  # of each digit
     trajectory = [noise[first]]
-    plain = draw(model, names, run, noise, on_step=lambda i, t, x: trajectory.append(x[first]))
+    plain = model.draw(
+        names, noise, on_step=lambda i, t, x: trajectory.append(x[first]), **run.sampling
+    )
     with use_backend(backend):
-        accelerated = draw(fast, names, run, noise)
-    truth = draw(exact, names, run, noise, progress=False)
+        accelerated = fast.draw(names, noise, **run.sampling)
+    truth = exact.draw(names, noise, progress=False, **run.sampling)
 
     with use_backend(kernels):
         inputs = torch.randn(2, 1, 8, 8, device=device), torch.tensor([10, 900], device=device)
@@ -207,13 +171,12 @@ def main(
     if kernels != backend:
         few: dict[str, Any] = {"steps": 2, "guidance_scale": 1.0, "progress": False}
         with use_backend(kernels):
-            three = [draw(m, list(NAMES[:3]), run, noise[:3], **few) for m in (fast, model, exact)]
+            three = [m.draw(list(DIGITS[:3]), noise[:3], **few) for m in (fast, model, exact)]
         rows.append(compare(f"3 samples, 2 steps ({kernels})", *three))
     parity = Parity(rows)
     say(f"{parity}\n")
 
-    asked = [NAMES.index(name) for name in names]
-    right = sum(a == b for a, b in zip(asked, recognise(accelerated), strict=True))
+    right = agreeing(names, accelerated)
     with use_backend(backend):
         inputs = plain, torch.full((len(names),), 500, device=device), fast.encode(names)
         speed = median_times({"eager": model.unet, "accelerated": fast.unet}, inputs)
@@ -229,12 +192,12 @@ def main(
         "backends": {"samples": backend, "parity": kernels},
         "run": asdict(run),
         "seconds": round(time.perf_counter() - start, 1),
-        "digits": {"asked": len(asked), "recognised": right},
+        "digits": {"asked": len(names), "recognised": right},
         "sites": sites.to_dict(),
         "parity": parity.to_dict(),
         "speed": {**speed, "unit": f"ms a U-Net forward, batch {len(names)}, {backend}"},
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    say(f"{right} of {len(asked)} accelerated samples are recognised as the digit asked for")
+    say(f"{right} of {len(names)} accelerated samples are recognised as the digit asked for")
     say(f"parity {'passed' if parity.passed else 'FAILED'}; {report['seconds']} s; see {out}/")
     return report

@@ -367,7 +367,10 @@ def _build(config: dict[str, Any], folder: Path) -> TextToImage:
 
 
 def _unet_config(fields: dict[str, Any]) -> UNetConfig:
-    return UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }
+    return UNetConfig(**values)
 
 
 def _check_keys(name: str, value: Any, keys: set[str]) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from fastunet import check_ops, cli, demo, kernels
 from fastunet.cli import app
 from fastunet.testing import SHAPES, Row
+from fastunet.training.data import Digits
 
 
 def run(*arguments):
@@ -202,32 +203,20 @@ def test_the_demo_proves_parity_by_kernel_on_every_site(report):
     assert set(written["sites"]["sites"]) < set(rows) and "output" in rows
 
 
-def test_training_learns():
-    torch.manual_seed(0)
-    images, labels = demo.load_digits()
-    assert images.shape == (1797, 1, 8, 8) and images.min() == -1 and images.max() == 1
-    model = demo.train(demo.DigitUNet(), demo.Run(train_steps=60, batch=64), "cpu")
+def test_training_learns(tmp_path):
+    digits = Digits()
+    model = demo.train(demo.Run(train_steps=60, batch=64), tmp_path / "training")
     noise = torch.randn(256, 1, 8, 8)
     timesteps = torch.full((256,), 500)
-    x_t = demo.SCHEDULE.add_noise(images[:256], noise, timesteps)
-    names = [demo.NAMES[label] for label in labels[:256]]
-    predicted = model.unet(x_t, timesteps, model.encode(names))
+    x_t = model.schedule.add_noise(digits.images[:256], noise, timesteps)
+    predicted = model(x_t, timesteps, digits.captions[:256])
     assert (predicted - noise).square().mean() < 0.5 * noise.square().mean()
 
 
 def test_the_judge_knows_real_digits():
-    images, labels = demo.load_digits()
-    judged = torch.tensor(demo.recognise(images))
-    assert (judged == labels).float().mean() > 0.98
-
-
-def test_names_go_in_letter_by_letter():
-    model = demo.DigitUNet()
-    three, seven, none = model.encode(["three", "seven", ""])
-    assert three.shape == (5, demo.TOY.context_dim)
-    position = model.position.weight
-    torch.testing.assert_close(three[4] - position[4], seven[1] - position[1])  # an e, both times
-    assert not torch.equal(three, none)
+    digits = Digits()
+    judged = torch.tensor(demo.recognise(digits.images))
+    assert (judged == digits.labels).float().mean() > 0.98
 
 
 def test_without_triton_check_says_so_and_the_demo_goes_on(monkeypatch):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from fastunet.text_to_image import Vocabulary
+
 SUFFIXES = (".png", ".jpg", ".jpeg")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -23,6 +25,7 @@ class Captioned(Protocol):
     """Images [channels, size, size] in [-1, 1], each with a caption."""
 
     captions: list[str]
+    vocabulary: Vocabulary
     channels: int
     size: int
 
@@ -30,9 +33,13 @@ class Captioned(Protocol):
 
 
 class Digits:
-    """scikit-learn's 1,797 scanned digits, 8 x 8 (Alpaydin and Kaynak 1998), by their names."""
+    """scikit-learn's 1,797 scanned digits, 8 x 8 (Alpaydin and Kaynak 1998), by their names.
+
+    A name goes in letter by letter, through cross-attention, as a prompt does in Stable Diffusion.
+    """
 
     channels, size = 1, 8
+    vocabulary = Vocabulary(" abcdefghijklmnopqrstuvwxyz", max(map(len, DIGITS)))
 
     def __init__(self) -> None:
         from sklearn import datasets
@@ -77,6 +84,7 @@ class Folder:
             if other is not file:
                 raise ValueError(f"data: {other} and {file} have one caption between them")
         self.captions = [_caption(file) for file in self.files]
+        self.vocabulary = Vocabulary.of_captions(self.captions)
         for file in self.files:
             _open(file).close()
 

@@ -27,7 +27,7 @@ from fastunet.accelerate import accelerate
 from fastunet.diffusion import noise_prediction_loss
 from fastunet.distributed import rank, world_size
 from fastunet.models import UNetConfig
-from fastunet.text_to_image import Clip, TextToImage, Vocabulary, Words
+from fastunet.text_to_image import Clip, TextToImage, Words
 from fastunet.training import distributed, state
 from fastunet.training.data import Captioned, Drawn, Draws, Order, together
 
@@ -100,7 +100,7 @@ def new_model(
             f"in_channels ({unet.in_channels}) of the U-Net must be the images' ({images.channels})"
         )
     torch.manual_seed(seed)
-    text = clip or Words(Vocabulary.of_captions(images.captions), unet.context_dim)
+    text = clip or Words(images.vocabulary, unet.context_dim)
     return TextToImage(unet, text, size=images.size)
 
 

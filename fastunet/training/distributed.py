@@ -73,7 +73,8 @@ def sharded(model: nn.Module) -> nn.Module:
     """The model itself, of whose weights each process keeps a part."""
     for block in [module for module in model.modules() if isinstance(module, BLOCKS)]:
         fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def mean(value: Tensor) -> Tensor:
@@ -97,8 +98,8 @@ def gathered(model: nn.Module) -> dict[str, Any]:
 
 def gathered_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """{name of the weight: its state}, on the CPU of rank 0; {} elsewhere."""
-    state = get_optimizer_state_dict(model, optimizer, options=_whole())
-    return state.get("state", {})
+    whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_whole())
+    return whole.get("state", {})
 
 
 def set_optimizer(

@@ -96,7 +96,10 @@ def test_digits_have_names():
     digits = Digits()
     assert len(digits.captions) == 1797 and digits[0].shape == (1, 8, 8)
     assert digits.captions[:3] == ["zero", "one", "two"]
-    assert -1 <= digits.images.min() and digits.images.max() <= 1
+    assert digits.images.min() == -1 and digits.images.max() == 1
+    three, none = digits.vocabulary.encode(["three", ""])  # letter by letter
+    assert [digits.vocabulary.pieces[index] for index in three] == list("three")
+    assert none.tolist() == [0] * 5
 
 
 def equal(first, second):

@@ -1,0 +1,94 @@
+"""Two processes that train together, by DDP and by FSDP2: gradients and folders are those of one.
+
+    torchrun --nproc-per-node=2 tests/tools/train_parallel.py DATA OUT
+
+DATA holds images with captions and unet.json; rank 0 prints a line a case.
+"""
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet.distributed import rank, share, world_size
+from fastunet.kernels import use_backend
+from fastunet.testing import compare
+from fastunet.text_to_image import TextToImage, read_unet
+from fastunet.training import diffusion, distributed
+from fastunet.training.data import Draws, Folder, Order, together
+from fastunet.training.diffusion import Settings, train
+
+STEPS = 12  # whose gradients are compared as one: a bias alone has few values
+Gradients = dict[str, Tensor]
+
+
+def gradients(model: torch.nn.Module, plain: TextToImage, draws: Draws, alone: bool) -> Gradients:
+    """Of each step's loss, without a step being made, stacked; of one process's or all of them."""
+    order = Order(0, STEPS, 8, 0, 1) if alone else Order(0, STEPS, 8, rank(), world_size())
+    parameters = list(model.parameters())
+    found: list[list[Tensor]] = []
+    for places in order:
+        drawn = together([draws[place] for place in places])
+        model.zero_grad()
+        dtype = parameters[0].dtype
+        diffusion.noise_prediction_loss(
+            model, plain.schedule, drawn.x0.to(dtype), drawn.prompts,
+            timesteps=drawn.timesteps, noise=drawn.noise.to(dtype),
+        ).backward()  # fmt: skip
+        grads = [parameter.grad for parameter in parameters]
+        found.append([getattr(g, "full_tensor", g.clone)() for g in grads])
+    names = [name for name, _ in plain.named_parameters()]
+    stacked = map(torch.stack, zip(*found, strict=True))
+    return dict(zip(names, stacked, strict=True))
+
+
+def check_gradients(model: TextToImage, draws: Draws) -> None:
+    eager = gradients(copy.deepcopy(model), model, draws, alone=True)
+    truth = gradients(copy.deepcopy(model).double(), model, draws, alone=True)
+    for parallel, checkpointing in (("ddp", False), ("fsdp", True)):
+        ours = copy.deepcopy(model)
+        fastunet.accelerate(ours.unet)
+        if checkpointing:
+            distributed.checkpointed(ours)
+        wrapped = distributed.wrap(ours, parallel)
+        assert fastunet.is_accelerated(wrapped)
+        found = gradients(wrapped, model, draws, alone=False)
+        rows = [compare(name, found[name], eager[name], truth[name]) for name in eager]
+        worst = max(rows, key=lambda row: row.ratio)
+        assert all(row.passed for row in rows), f"{parallel}: {worst}"
+        assert all(value.any() for value in found.values())
+        if rank() == 0:
+            print(f"{parallel}: {len(rows)} gradients, the worst at {worst.ratio:.2f}")
+
+
+def drawn_model(data: Path) -> TextToImage:
+    """The U-Net of the folder, no weight of which is 0 or 1."""
+    model = diffusion.new_model(Folder(data, 8), unet=read_unet(data / "unet.json"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def main(data: Path, out: Path) -> None:
+    images, model = Folder(data, 8), drawn_model(data)
+    draws = Draws(images, 0, 0.1, model.schedule.num_timesteps)
+    with distributed.together():
+        check_gradients(model, draws)
+        for parallel in ("ddp", "fsdp"):
+            settings = Settings(steps=6, batch=8, save_every=3, parallel=parallel)
+            for cut in (replace(settings, steps=3), settings):  # the second from a checkpoint
+                train(out / parallel, images, model, cut, resume=cut.steps == 6, say=str)
+        for index, prompt in share([f"prompt {number}" for number in range(5)]):
+            with open(out / f"{index}.txt", "x") as file:  # an error if it is there
+                file.write(f"{prompt} of {rank()}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with use_backend("torch"):
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
