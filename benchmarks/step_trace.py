@@ -23,6 +23,7 @@ imitated:
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,10 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import limits
-import op_calls
-from fastunet import _constants, _merged
+from fastunet import _constants, _merged, kernels
+from fastunet.benchmarks import limits
 from fastunet.kernels import _launch
+from fastunet.nn import resnet
 
 PROCESSORS, CAPABILITY = 132, 9  # of an H100 and of an H200
 TEXT, TIME = "linear, key and value of the text", "linear, time embedding of a block"
@@ -170,7 +171,7 @@ class _Trace(TorchDispatchMode):
 
     def _launch(self, name: str, args: Any) -> Any:
         """One of our ops: its host code, in whose launches nothing runs."""
-        operator, args = op_calls.operator(name), args[:-1]
+        operator, args = _operator(name), args[:-1]
         with self, _launches() as launched:  # a copy that host code makes is an op of its own
             results = operator.forward(*args, save=False)[: operator.results]
         kind = FUSED.get(name, name)
@@ -191,6 +192,7 @@ def gpu() -> Iterator[None]:
         (_launch, "capability", lambda tensor: CAPABILITY),
         (torch, "is_autocast_enabled", lambda *device: False),  # refuses to be asked of "meta"
         (_merged, "DEVICES", {"meta"}),
+        (resnet, "DEVICES", {"meta"}),
         (_merged, "_is_eager_inference", lambda x: not torch.is_grad_enabled()),
         (_merged, "_adjacent", _adjacent),
         (_constants.Constants, "stamp", lambda self, layer, source: source._version),
@@ -224,6 +226,11 @@ def _adjacent(parts: Sequence[Tensor | None]) -> bool:
             return False
         place += part.numel()
     return len(tensors) == len(parts) > 1 and len(set(map(_storage, tensors))) == 1
+
+
+def _operator(op: str) -> Any:
+    """Its launchers, and what it registered."""
+    return sys.modules[getattr(kernels, op).__module__]._operator
 
 
 def _linear(weight: str) -> str:

@@ -23,6 +23,7 @@ from fastunet import _merged
 from fastunet.accelerate import accelerate
 from fastunet.kernels import use_backend
 from fastunet.models import UNet, UNetConfig
+from fastunet.nn import resnet
 from fastunet.offline import replaced
 
 TEXT_TOKENS = 77
@@ -60,8 +61,9 @@ class _Unwritten(TorchFunctionMode):
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Within the block heavy functions write nothing, and projections are merged."""
-    with replaced(_merged, DEVICES={"cpu"}), _Unwritten():
+    """Within the block heavy functions write nothing, and what is merged on a GPU is."""
+    cpu = {"cpu"}
+    with replaced(_merged, DEVICES=cpu), replaced(resnet, DEVICES=cpu), _Unwritten():
         yield
 
 

@@ -20,6 +20,7 @@ from fastunet.nn import GroupNorm
 from fastunet.nn.attention import attend
 from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.layer_norm import add_normalize
+from fastunet.nn.resnet import convolve, shift_by
 from fastunet.nn.upsample import fits, is_on, pays, upsample_conv
 
 PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
@@ -35,13 +36,13 @@ class FusedResBlock:
         h = _norm(norm, x, activation)
         if getattr(self, "updown", False):  # improved-diffusion has none
             h, x = self.h_upd(h), self.x_upd(x)
-        h = conv(h)
-        shift = self.emb_layers(emb).type(h.dtype).expand(len(h), -1)  # [N, C], or [N, 2 C]
-        norm, activation, *rest = self.out_layers
+        h, bias = convolve(conv, h)
+        shift, scale_shift = self.emb_layers(emb).type(h.dtype), None  # [N, C], or [N, 2 C]
         if self.use_scale_shift_norm:
-            h = _norm(norm, h, activation, scale_shift=shift)
-        else:
-            h = _norm(norm, h, activation, shift=shift)
+            shift, scale_shift = None, shift.expand(len(h), -1)
+        shift = shift_by(h, shift, bias)
+        norm, activation, *rest = self.out_layers
+        h = _norm(norm, h, activation, shift=shift, scale_shift=scale_shift)
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h
@@ -136,8 +137,8 @@ class FusedResnetBlock:
     """For the ``ResnetBlock`` of the autoencoder, whose SiLU is a function."""
 
     def forward(self: Any, x: Tensor, temb: Tensor | None) -> Tensor:
-        h = self.conv1(normalize(self.norm1, x, activation="silu"))
-        shift = None if temb is None else self.temb_proj(F.silu(temb)).expand(len(h), -1)
+        h, bias = convolve(self.conv1, normalize(self.norm1, x, activation="silu"))
+        shift = shift_by(h, None if temb is None else self.temb_proj(F.silu(temb)), bias)
         h = normalize(self.norm2, h, shift=shift, activation="silu")
         h = self.conv2(self.dropout(h))
         if self.in_channels != self.out_channels:

@@ -6,10 +6,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastunet._plain import is_plain
+from fastunet.kernels import _launch
 from fastunet.nn.group_norm import normalize
 
 LAYERS = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
 RESAMPLERS = ("upsample", "downsample")  # of both ways through the block, where it has one
+# Where the norm after a convolution adds its bias: there PyTorch does so in a kernel of its own,
+# which reads and writes the image once more.
+DEVICES = {"cuda"}
 OPTIONS = (*RESAMPLERS, "skip_time_act", "time_embedding_norm", "output_scale_factor")
 
 
@@ -89,22 +93,42 @@ def residual(block: Any, x: Tensor, emb: Tensor | None) -> Tensor:
         resample = getattr(block, name, None)
         if resample is not None:
             x, h = resample(x), resample(h)
-    h = block.conv1(h)
+    h, bias = convolve(block.conv1, h)
     shift = scale_shift = None
     if block.time_emb_proj is not None:
         if emb is None:
             raise ValueError("emb must be given to a block with time_emb_proj, got None")
         if not getattr(block, "skip_time_act", False):
             emb = block.nonlinearity(emb)
-        shift = block.time_emb_proj(emb).expand(len(h), -1)  # of [N, C], or [1, C] for the batch
+        shift = block.time_emb_proj(emb)  # [N, C], or [1, C] for the batch
         if getattr(block, "time_embedding_norm", "default") == "scale_shift":
-            shift, scale_shift = None, shift
+            shift, scale_shift = None, shift.expand(len(h), -1)
+    shift = shift_by(h, shift, bias)
     h = normalize(block.norm2, h, shift=shift, scale_shift=scale_shift, activation=activation)
     h = block.conv2(block.dropout(h if silu else block.nonlinearity(h)))
     if block.conv_shortcut is not None:
         x = block.conv_shortcut(x)
     factor = getattr(block, "output_scale_factor", 1.0)
     return x + h if factor == 1.0 else (x + h) / factor
+
+
+def convolve(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(the convolution without its bias, the bias [C]), for a norm that adds it; or (conv(x), None)
+    where the convolution is not plain, or nothing is gained.
+    """
+    apart = x.device.type in DEVICES and _launch.asked("auto") != "torch"
+    if not (apart and is_plain(conv, nn.Conv2d)) or conv.bias is None:
+        return conv(x), None
+    return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def shift_by(h: Tensor, shift: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """What a norm adds to h [N, C, *S]: shift [N, C] or [1, C], and a bias [C], each or None."""
+    if shift is not None and bias is not None:
+        shift = shift + bias
+    else:
+        shift = bias if shift is None else shift
+    return None if shift is None else shift.expand(len(h), -1)
 
 
 def unlike_plain(block: Any) -> tuple[str, str] | None:

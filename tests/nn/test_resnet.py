@@ -9,8 +9,8 @@ from torch import nn
 
 import small_unets
 from fastunet.kernels import use_backend
-from fastunet.nn import ResnetBlock
-from fastunet.testing import DTYPES, assert_parity
+from fastunet.nn import ResnetBlock, resnet
+from fastunet.testing import DTYPES, assert_gradients, assert_parity, compare
 from layers import assert_trains
 
 
@@ -97,6 +97,52 @@ def test_autocast_gives_eagers_dtype_and_values(block, dtype, backend, device):
             found = ResnetBlock.from_layer(block)(x, emb)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """The norm adds the convolution's bias, as on a GPU."""
+    monkeypatch.setattr(resnet, "DEVICES", {"cuda", "cpu"})
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_adds_the_bias_of_the_convolution_before(block, dtype, device):
+    block = block.to(device, dtype)
+    nn.init.normal_(block.conv1.bias, 3.0)
+    fused, (x, emb) = ResnetBlock.from_layer(block), draw(block, device=device, dtype=dtype)
+    with use_backend("triton"):
+        assert_gradients(fused, lambda x, emb: of_dtype(block, x, emb), x, emb)
+        h, bias = resnet.convolve(block.conv1, x)
+    assert bias is block.conv1.bias
+    torch.testing.assert_close(h + bias[:, None, None], block.conv1(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("apart")
+def test_the_bias_gets_its_gradient_from_the_norm(block, device):
+    block, gradients = block.to(device), []
+    x, emb = draw(block, device=device)
+    for each in (ResnetBlock.from_layer(block), block, copy.deepcopy(block).double()):
+        wide = next(each.parameters()).dtype
+        with use_backend("triton"):
+            output = each(x.to(wide), emb.to(wide)).square().sum()
+        gradients.append(torch.autograd.grad(output, each.conv1.bias)[0])
+    row = compare("d_bias", *gradients)
+    assert row.passed, row
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_convolution_that_is_not_plain_keeps_its_bias(block):
+    x, conv = draw(block)[0], block.conv1
+    with use_backend("torch"):  # by PyTorch's ops nothing is gained
+        assert resnet.convolve(conv, x)[1] is None
+    with use_backend("triton"):
+        hook = conv.register_forward_hook(lambda layer, inputs, output: output + 1)
+        h, bias = resnet.convolve(conv, x)
+        assert bias is None and torch.equal(h, conv(x))
+        hook.remove()
+        conv.bias = None
+        assert resnet.convolve(conv, x)[1] is None
 
 
 def test_sizes_that_do_not_fit_are_named():
