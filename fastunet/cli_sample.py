@@ -141,6 +141,8 @@ def _device() -> torch.device:
 
 
 def _bar() -> Progress:
+    from fastunet.distributed import rank
+
     stderr = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -150,5 +152,5 @@ def _bar() -> Progress:
     # redirect_stdout: the names of the files stay on stdout.
     return Progress(
         *columns, TimeElapsedColumn(), console=stderr, redirect_stdout=False,
-        disable=not stderr.is_terminal,
+        disable=rank() > 0 or not stderr.is_terminal,
     )  # fmt: skip
