@@ -1,6 +1,7 @@
-"""Maps the two source folders onto one package: kernels/ is installed as fastunet.kernels.
+"""Maps three source folders onto one package: kernels/ is fastunet.kernels, benchmarks/
+fastunet.benchmarks, once installed.
 
-The link fastunet/kernels, which shows type checkers and editors the same, takes no part in this.
+The links in fastunet/, which show type checkers and editors the same, take no part in this.
 """
 
 from setuptools import setup
@@ -13,8 +14,13 @@ setup(
         "fastunet.hosts",
         "fastunet.training",
         "fastunet.kernels",
+        "fastunet.benchmarks",
     ],  # fmt: skip
-    package_dir={"fastunet": "fastunet", "fastunet.kernels": "kernels"},
+    package_dir={
+        "fastunet": "fastunet",
+        "fastunet.kernels": "kernels",
+        "fastunet.benchmarks": "benchmarks",
+    },
     package_data={"fastunet": ["py.typed"]},
     # Otherwise what MANIFEST.in adds to the sdist would change what the wheel holds.
     include_package_data=False,

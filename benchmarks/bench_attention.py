@@ -1,17 +1,11 @@
-"""Attention over the text context and over the image, at batch 2."""
+"""Attention over the text context and over the image; SDPA by backend, and which kernels ran."""
 
 import pytest
 
-from fastunet.testing import SHAPES
+from fastunet.benchmarks import peers
+from fastunet.benchmarks.suite import time_op
 
 
-@pytest.mark.parametrize("provider", ["eager", "fastunet"])
-@pytest.mark.parametrize("sizes", SHAPES["sd15"]["attention"], ids=str)
-def bench_attention(sizes, provider, time_op):
-    time_op("attention", provider, sizes)
-
-
-@pytest.mark.parametrize("provider", ["eager", "fastunet"])
-@pytest.mark.parametrize("sizes", [(8, 40, 4096, 77), (8, 80, 1024, 77)], ids=str)
-def bench_attention_training(sizes, provider, time_op):
-    time_op("attention", provider, sizes, training=True)
+@pytest.mark.parametrize("case, peer", peers.pairs("attention"), ids=peers.name)
+def bench_attention(case, peer, bench):
+    time_op(bench, case, peer)

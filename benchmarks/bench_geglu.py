@@ -1,17 +1,11 @@
-"""The gate of the feed-forward nets, at batch 2."""
+"""The gate of the feed-forward nets."""
 
 import pytest
 
-from fastunet.testing import SHAPES
+from fastunet.benchmarks import peers
+from fastunet.benchmarks.suite import time_op
 
 
-@pytest.mark.parametrize("provider", ["eager", "fastunet"])
-@pytest.mark.parametrize("sizes", SHAPES["sd15"]["geglu"], ids=str)
-def bench_geglu(sizes, provider, time_op):
-    time_op("geglu", provider, sizes)
-
-
-@pytest.mark.parametrize("provider", ["eager", "fastunet"])
-@pytest.mark.parametrize("sizes", SHAPES["sd15"]["geglu"][:1], ids=str)
-def bench_geglu_training(sizes, provider, time_op):
-    time_op("geglu", provider, sizes, training=True)
+@pytest.mark.parametrize("case, peer", peers.pairs("geglu"), ids=peers.name)
+def bench_geglu(case, peer, bench):
+    time_op(bench, case, peer)

@@ -1,17 +1,11 @@
-"""A residual's addition and the LayerNorm after it, at batch 2."""
+"""A residual's addition and the LayerNorm after it."""
 
 import pytest
 
-from fastunet.testing import SHAPES
+from fastunet.benchmarks import peers
+from fastunet.benchmarks.suite import time_op
 
 
-@pytest.mark.parametrize("provider", ["eager", "fastunet"])
-@pytest.mark.parametrize("sizes", SHAPES["sd15"]["add_layer_norm"], ids=str)
-def bench_add_layer_norm(sizes, provider, time_op):
-    time_op("add_layer_norm", provider, sizes)
-
-
-@pytest.mark.parametrize("provider", ["eager", "fastunet"])
-@pytest.mark.parametrize("sizes", SHAPES["sd15"]["add_layer_norm"][:1], ids=str)
-def bench_add_layer_norm_training(sizes, provider, time_op):
-    time_op("add_layer_norm", provider, sizes, training=True)
+@pytest.mark.parametrize("case, peer", peers.pairs("add_layer_norm"), ids=peers.name)
+def bench_add_layer_norm(case, peer, bench):
+    time_op(bench, case, peer)

@@ -1,50 +1,59 @@
-"""A sampling loop of 20 steps of diffusers' U-Net of SD 1.5 with a fifth of its channels: eager,
-and accelerated inside ``sampling()``, in turn in one process, each first as often as the other. On
-a CPU our ops run on their PyTorch reference.
-
-    pytest benchmarks/bench_sampling.py --benchmark-only
+"""A sampling loop of 20 steps of SD 1.5's U-Net: eager, and accelerated inside ``sampling()``, in
+turn in one process, each first as often as the other; on a CPU a small one of the same structure.
 """
 
-import statistics
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
 
 import fastunet
-import small_unets
-import timing
-from conftest import DEVICE, DTYPE
+from fastunet.benchmarks import timing, unets
+from fastunet.benchmarks.peers import OURS
+from fastunet.benchmarks.suite import Bench, new_row
+from fastunet.benchmarks.timing import DEVICE, DTYPE, ON_GPU
 from fastunet.diffusion import DDIM, NoiseSchedule, sample
-from fastunet.kernels import _launch
 from fastunet.testing import compare
 
-STEPS, SIDE, TOKENS, ROUNDS = 20, 16, 77, 4
-CONFIG = small_unets.PUBLISHED["sd15"] | {"block_out_channels": (64, 128, 256, 256)}
-EAGER, OURS = "eager", "accelerated"
+STEPS, ROUNDS, BATCHES = (20, 4, (1, 2, 8)) if ON_GPU else (20, 2, (1, 8))
+EAGER, LOOP = "eager", f"{OURS}, graph in sampling()" if ON_GPU else f"{OURS}, sampling()"
 
 
-def make_loop(accelerated, batch, dtype):
+class Case(NamedTuple):
+    batch: int
+
+    @property
+    def quick(self) -> bool:
+        return self.batch == 1
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}"
+
+
+def make_loop(accelerated: bool, batch: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     """A call of it draws the same images every time."""
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(**CONFIG).to(DEVICE, dtype).eval().requires_grad_(False)
+    config, side = unets.config("sd15", DEVICE), unets.side("sd15", DEVICE)
+    model = unets.make("sd15", DEVICE, DTYPE, config).to(dtype).requires_grad_(False)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if accelerated:
-        fastunet.accelerate(model)
+        fastunet.accelerate(model, cuda_graph=ON_GPU)
     generator = torch.Generator().manual_seed(2)
     noise, text = (
         torch.randn(batch, *shape, generator=generator).to(DTYPE).to(DEVICE, dtype)
-        for shape in ((4, SIDE, SIDE), (TOKENS, CONFIG["cross_attention_dim"]))
+        for shape in ((4, side, side), (unets.TOKENS, config["cross_attention_dim"]))
     )
     sampler = DDIM(NoiseSchedule.linear(1000))
+    # It enters fastunet.sampling(), which does nothing for an eager model.
+    return partial(
+        sample, model, sampler, noise.shape, text, steps=STEPS, noise=noise, progress=False
+    )
 
-    def loop():  # sample() enters fastunet.sampling(), which does nothing for an eager model
-        return sample(model, sampler, noise.shape, text, steps=STEPS, noise=noise, progress=False)
 
-    return loop
-
-
-def seconds(loop):
+def seconds(loop: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
     loop()
     if timing.ON_GPU:
@@ -52,27 +61,26 @@ def seconds(loop):
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def bench_sampling(batch, benchmark, capsys):
-    loops = {name: make_loop(name == OURS, batch, DTYPE) for name in (EAGER, OURS)}
-    truth = make_loop(False, batch, torch.float64)()
-    row = compare("sampling", loops[OURS](), loops[EAGER](), truth)
-    assert row.passed, row
-    times = {name: [] for name in loops}
+@pytest.mark.benchmark(timer=time.perf_counter)
+@pytest.mark.parametrize("case", [Case(batch) for batch in BATCHES], ids=str)
+def bench_sampling(case: Case, bench: Bench):
+    loops = {name: make_loop(name == LOOP, case.batch, DTYPE) for name in (EAGER, LOOP)}
+    wide = torch.float32 if ON_GPU else torch.float64
+    truth = make_loop(False, case.batch, wide)().double()
+    held = compare("sampling", loops[LOOP](), loops[EAGER](), truth)
+    title = f"{STEPS} steps of {unets.title('sd15', DEVICE)}, batch {case.batch} NHWC"
+    rows = {name: new_row("sampling", title, name, batch=case.batch) for name in loops}
+    rows[LOOP] |= {"parity": held.ratio, "error": held.error, "budget": held.budget}
+    if not held.passed:
+        bench.leave_out(rows[LOOP], "wrong", f"off by {held.error:.2e} of {held.budget:.2e}")
+    times: dict[str, list[float]] = {name: [] for name in loops}
 
-    def both():
+    def both() -> None:
         turn = list(loops) if len(times[EAGER]) % 2 else list(reversed(loops))
         for name in turn:
             times[name].append(seconds(loops[name]))
 
-    benchmark.group = f"{STEPS} steps"
-    benchmark.pedantic(both, rounds=ROUNDS)
-    eager, ours = (statistics.median(times[name]) for name in (EAGER, OURS))
-    backend, reason = _launch.backend_of("group_norm")
-    benchmark.extra_info.update(device=DEVICE, backend=backend, eager_s=eager, accelerated_s=ours)
-    with capsys.disabled():
-        print(
-            f"\nbatch {batch}: eager {1e3 * eager:.0f} ms, accelerated {1e3 * ours:.0f} ms, ",
-            end="",
-        )
-        print(f"ratio {eager / ours:.3f} (on {backend}: {reason})")
+    bench.benchmark.group = f"sampling {case}"
+    bench.benchmark.pedantic(both, rounds=ROUNDS)
+    for name, row in rows.items():
+        bench.add(row, times[name])

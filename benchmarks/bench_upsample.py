@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import timing
 from fastunet._phases import phase_weight
+from fastunet.benchmarks import timing
+from fastunet.benchmarks.timing import DEVICE, DTYPE
 from fastunet.testing import compare
 
 pytestmark = pytest.mark.benchmark(timer=timing.clock)
-DEVICE, DTYPE = ("cuda", torch.float16) if timing.ON_GPU else ("cpu", torch.float32)
 # (channels, side of the image before): SD 1.5's upsamplers at 512 x 512, and SDXL's at 1024 x 1024.
 SIZES = [(1280, 8), (1280, 16), (640, 32), (1280, 32), (640, 64)]
 if DEVICE == "cpu":

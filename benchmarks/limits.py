@@ -1,15 +1,15 @@
 """What this machine can do at most, and what a call has to do at least: bytes and operations."""
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import timing
+from fastunet.benchmarks import timing
 from fastunet.info import device_name
+
+# Gradients of a matrix product are two more products; attention's backward also makes its scores.
+BACKWARD_PRODUCTS = 2.5
 
 
 def machine_limits(device: str) -> dict[str, Any]:
@@ -33,28 +33,25 @@ def machine_limits(device: str) -> dict[str, Any]:
     }
 
 
-def ideal(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> tuple[int, int]:
+def ideal(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any, training: bool = False
+) -> tuple[int, int]:
     """(bytes, operations of matrix products) of a call that reads each input once and writes each
-    output once."""
+    output once; in training the backward pass reads the inputs again and the outputs' gradients,
+    and writes a gradient of each input."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    tensors = [t for t in (*args, *kwargs.values(), *outputs) if isinstance(t, Tensor)]
+    inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
     operations = 0
     if op == "attention":
         query, key = args[:2]
         operations = 4 * query.numel() * key.shape[1]
-    return sum(t.nbytes for t in tensors), operations
+    read, written = (sum(t.nbytes for t in tensors) for tensors in (inputs, outputs))
+    if training:
+        return 3 * read + 2 * written, int((1 + BACKWARD_PRODUCTS) * operations)
+    return read + written, operations
 
 
 def at_the_limit(bytes_moved: int, operations: int, limits: dict[str, Any]) -> float:
     """Microseconds of a call that does only that, at the machine's limits."""
     moving = bytes_moved / limits["copy_gbs"] / 1e3
     return max(moving, operations / limits["matmul_tflops"] / 1e6)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
-    found = machine_limits("cuda" if torch.cuda.is_available() else "cpu")
-    out.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))

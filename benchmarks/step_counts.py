@@ -1,24 +1,20 @@
 """The ops of a step of diffusers' U-Nets: eager, accelerated, and inside ``sampling()``."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tools"))
+import fastunet
+from fastunet.benchmarks import step_trace, unets
+from fastunet.benchmarks.step_trace import Op
+from fastunet.benchmarks.unets import TOKENS
+from fastunet.kernels import use_backend
 
-import fastunet  # noqa: E402
-import small_unets  # noqa: E402
-import step_trace  # noqa: E402
-from fastunet.kernels import use_backend  # noqa: E402
-from step_trace import Op  # noqa: E402
-
-FAMILIES = {"sd15": 64, "sdxl": 128}  # the side of the latent image
-BATCH, TOKENS = 2, 77
+FAMILIES = unets.SIDES  # the side of the latent image
+BATCH = 2
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 EAGER, ACCELERATED, LOOPED = VARIANTS = ("eager", "accelerated", "in sampling()")
 Counts = dict[tuple[str, str, str], list[Op]]  # by family, layout and variant
@@ -35,17 +31,23 @@ def count_all() -> Counts:
 
 def count_steps(family: str, layout: str) -> list[list[Op]]:
     """The ops of a published U-Net in fp16 at batch 2, in each of the VARIANTS."""
-    config, side = small_unets.PUBLISHED[family], FAMILIES[family]
-    unet = small_unets.published("diffusers", family).half().requires_grad_(False)
+    config, side = unets.PUBLISHED[family], FAMILIES[family]
+    unet = unets.make(family, "meta", torch.float16, config).requires_grad_(False)
     unet = unet.to(memory_format=LAYOUTS[layout])
     sample, times = half(BATCH, 4, side, side), torch.zeros(BATCH, dtype=torch.int64, device="meta")
     inputs = (sample, times, half(BATCH, TOKENS, config["cross_attention_dim"]))
     added = {"text_embeds": half(BATCH, 1280), "time_ids": half(BATCH, 6)}
     more = {"added_cond_kwargs": added} if family == "sdxl" else {}
-    found = calls(unet, layout, inputs, **more)
+    return calls(unet, layout, inputs, **more) + accelerated_calls(unet, layout, inputs, **more)
+
+
+def accelerated_calls(
+    unet: nn.Module, layout: str, inputs: Sequence[Any], **more: Any
+) -> list[list[Op]]:
+    """Accelerates the model, and gives its two kinds of call."""
     with step_trace.gpu():
         fastunet.accelerate(unet)
-    return found + calls(unet, layout, inputs, **more)
+    return calls(unet, layout, inputs, **more)
 
 
 def calls(unet: nn.Module, layout: str, inputs: Sequence[Any], **more: Any) -> list[list[Op]]:

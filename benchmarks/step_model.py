@@ -16,10 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_counts import ACCELERATED, EAGER, FAMILIES, LAYOUTS, LOOPED, VARIANTS, Counts, count_all
-from step_trace import HIDDEN, KINDS, Op
+from fastunet.benchmarks.step_counts import (
+    ACCELERATED,
+    EAGER,
+    FAMILIES,
+    LAYOUTS,
+    LOOPED,
+    VARIANTS,
+    Counts,
+    count_all,
+)
+from fastunet.benchmarks.step_trace import HIDDEN, KINDS, Op
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # of a clone
 PAGE, RESULTS = ROOT / "docs" / "step.md", ROOT / "benchmarks" / "results"
 TITLES = {"sd15": "SD 1.5, 512 x 512", "sdxl": "SDXL, 1024 x 1024"}
 

@@ -20,9 +20,8 @@ import torch
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import limits
-import timing
 from fastunet import kernels
+from fastunet.benchmarks import limits, timing
 from fastunet.info import device_name
 from fastunet.kernels import reference
 from fastunet.kernels._attention_tile import Tile as AttentionTile
@@ -120,6 +119,11 @@ def main(args: argparse.Namespace) -> None:
     timing.LEAST_MS = 1.0
     cases = [*group_norm_cases(), *attention_cases()]
     cases = [case for case in cases if args.op in case[0]]
+    if args.dry_run:
+        for _, _, set_up, _ in cases:
+            set_up()
+        print(f"{len(cases)} cases in {len({case[0] for case in cases})} groups")
+        return
     if args.part is not None:
         for _, _, set_up, make_call in cases[args.part :: args.processes]:
             try:
@@ -165,5 +169,6 @@ if __name__ == "__main__":
     parser.add_argument("--op", default="", help="only groups whose name holds this")
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--part", type=int)
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     main(parser.parse_args())

@@ -4,12 +4,13 @@ timed, over sets of inputs that together pass the L2 cache; on a CPU by the cloc
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float16) if ON_GPU else ("cpu", torch.float32)
 LEAST_MS = 4.0  # of one graph: what starting a replay costs is then below the noise
 MOST_CALLS = 2000  # in one graph
 
@@ -20,6 +21,12 @@ class Timing(NamedTuple):
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, rounds: Iterable[float]) -> "Timing":
+        times = sorted(rounds)
+        out = len(times) // 10
+        return cls(statistics.median(times), times[out], times[-1 - out])
 
     @property
     def spread(self) -> float:
@@ -86,13 +93,28 @@ def repeated(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], int
     return _captured(many), repeats * len(calls)
 
 
+def in_a_row(call: Callable[[], Any], count: int) -> tuple[Callable[[], Any], int]:
+    """(a function that makes a call ``count`` times as a program does, no graph; ``count``)."""
+
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    return several, count
+
+
 def measure(calls: Sequence[Callable[[], Any]], rounds: int = 20) -> Timing:
     """The time of one of the calls, which are alike."""
     function, count = repeated(calls)
     for _ in range(2):
         function()
-    times = sorted(1e3 * _milliseconds(function) / count for _ in range(rounds))
-    return Timing(statistics.median(times), times[rounds // 10], times[-1 - rounds // 10])
+    return Timing.of(1e3 * _milliseconds(function) / count for _ in range(rounds))
+
+
+def rounds_within(function: Callable[[], Any], seconds: float) -> int:
+    """How often it runs in that time: 3 to 20 times; called twice, which warms up, too."""
+    function()
+    return int(min(max(1e3 * seconds / max(_milliseconds(function), 1e-3), 3), 20))
 
 
 def sets_of_inputs(make: Callable[[], Any], size: int) -> list[Any]:

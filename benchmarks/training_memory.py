@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,16 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "tools"))
+import fastunet
+from fastunet.benchmarks import step_trace, unets
+from fastunet.benchmarks.step_counts import BATCH, FAMILIES, LAYOUTS, TOKENS
+from fastunet.benchmarks.step_model import RESULTS, ROOT, TITLES, fewer, table
+from fastunet.kernels import use_backend
 
-import fastunet  # noqa: E402
-import small_unets  # noqa: E402
-import step_trace  # noqa: E402
-from fastunet.kernels import use_backend  # noqa: E402
-from step_counts import BATCH, FAMILIES, LAYOUTS, TOKENS  # noqa: E402
-from step_model import RESULTS, TITLES, fewer, table  # noqa: E402
-
-PAGE = Path(__file__).parents[1] / "docs" / "training_memory.md"
+PAGE = ROOT / "docs" / "training_memory.md"
 EAGER, ACCELERATED, CHECKPOINTED = VARIANTS = ("eager", "accelerated", "eager, checkpointed")
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # What a node of the graph is called -> the row of the table.
@@ -131,8 +127,8 @@ def keeping(model: nn.Module, call: Callable[[], Tensor]) -> tuple[Kept, Tensor]
 
 def step(family: str, layout: str, dtype: torch.dtype, variant: str) -> tuple[int, dict[str, int]]:
     """(bytes, bytes by op) that a published U-Net keeps; checkpointed ones are no op's."""
-    config, side = small_unets.PUBLISHED[family], FAMILIES[family]
-    unet = small_unets.published("diffusers", family)
+    config, side = unets.PUBLISHED[family], FAMILIES[family]
+    unet = unets.make(family, "meta", torch.float32, config)
     unet = unet.half() if dtype == torch.float16 else unet
     unet = unet.to(memory_format=LAYOUTS[layout]).train()
     if variant == ACCELERATED:

@@ -13,12 +13,13 @@ from rich import print as rich_print
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fastunet import cli_sample, cli_train, interpreter
+from fastunet import cli_bench, cli_sample, cli_train, interpreter
 
 app = typer.Typer(
     help="Fused Triton kernels for diffusion U-Nets.", no_args_is_help=True, add_completion=False
 )
 app.add_typer(cli_train.app, name="train")
+app.command()(cli_bench.bench)
 app.command()(cli_sample.sample)
 
 

@@ -69,7 +69,8 @@ ARROWS: dict[str, set[str]] = {
     **dict.fromkeys(SAMPLING, LIBRARY | SAMPLING | {"fastunet"}),
     "cli_train": COMMANDS,
     "cli_sample": COMMANDS,
-    "cli": COMMANDS | {"cli", "cli_sample", "cli_train"},
+    "cli_bench": COMMANDS | {"benchmarks"},
+    "cli": COMMANDS | {"cli", "cli_bench", "cli_sample", "cli_train"},
     "__main__": {"cli"},
 }
 # Part -> the other packages that it may import, where that is limited.

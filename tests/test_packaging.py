@@ -19,6 +19,13 @@ ROOT = Path(__file__).parents[1]
 NOT_COPIED = (".*", "__pycache__", "build", "dist", "*.egg-info", "runs", "results")
 
 
+SOURCES = (
+    ("fastunet", "fastunet"),
+    ("kernels", "fastunet/kernels"),
+    ("benchmarks", "fastunet/benchmarks"),
+)
+
+
 class Built(NamedTuple):
     wheel: Path
     sdist: Path
@@ -87,12 +94,12 @@ def names(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_wheel_holds_the_two_source_folders_and_nothing_else(built: Built):
+def test_wheel_holds_the_three_source_folders_and_nothing_else(built: Built):
     expected = {
         str(Path(package) / file.relative_to(ROOT / source))
-        for source, package in (("fastunet", "fastunet"), ("kernels", "fastunet/kernels"))
+        for source, package in SOURCES
         for file in (ROOT / source).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and not {"__pycache__", "results"} & set(file.parts)
     }
     assert {"fastunet/py.typed", "fastunet/kernels/reference.py"} <= expected
     packed = {n for n in names(built.wheel) if ".dist-info/" not in n}

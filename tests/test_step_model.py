@@ -9,13 +9,11 @@ from torch import nn
 
 import fastunet
 import small_unets
-import step_counts
-import step_model
-import step_trace
 from fastunet import kernels
-from step_counts import ACCELERATED, EAGER, LAYOUTS, LOOPED, half
-from step_model import Gpu, by_kind, fewer, row
-from step_trace import Op
+from fastunet.benchmarks import step_counts, step_model, step_trace
+from fastunet.benchmarks.step_counts import ACCELERATED, EAGER, LAYOUTS, LOOPED, half
+from fastunet.benchmarks.step_model import Gpu, by_kind, fewer, row
+from fastunet.benchmarks.step_trace import Op
 
 LAST = torch.channels_last
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import training_memory
 from fastunet import kernels
-from training_memory import ACCELERATED, EAGER, OTHER, PAGE
+from fastunet.benchmarks import training_memory
+from fastunet.benchmarks.training_memory import ACCELERATED, EAGER, OTHER, PAGE
 
 
 def empty(*shape, dtype=torch.float16):

@@ -7,24 +7,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from fastunet.benchmarks.unets import PUBLISHED
 from fastunet.models import SD15, SDXL, UNet
-
-# diffusers calls the number of heads `attention_head_dim`.
-PUBLISHED = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 
 # What both have in common: 32 and 64 channels in 8 groups, a context 24 wide.
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1}
