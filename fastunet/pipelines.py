@@ -109,6 +109,8 @@ class PipelineModel(Model):
     ) -> tuple[Images, list[Images]]:
         settings = self.settle(settings, image, mask)
         pipe, parameters = self.pipe(image, mask)
+        if settings.negative and "negative_prompt" not in parameters:
+            raise ValueError(f"{self.folder}: its pipeline takes no negative prompt")
         latents: list[Tensor] = []
 
         def watch(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +122,9 @@ class PipelineModel(Model):
 
         width, height = settings.size or self.default_size()
         options: dict[str, Any] = {"height": height, "width": width}
+        # None, not "": SDXL takes zeros for it.
+        negative = [settings.negative] * len(prompts) if settings.negative else None
+        options["negative_prompt"] = negative
         if image is not None:
             options |= {"image": [image.convert("RGB")] * len(prompts)}
             options |= {"strength": settings.strength}
@@ -127,8 +132,6 @@ class PipelineModel(Model):
             options |= {"mask_image": [mask.convert("L")] * len(prompts)}
         result = pipe(
             prompt=prompts,
-            # None, not "": SDXL takes zeros for it.
-            negative_prompt=[settings.negative] * len(prompts) if settings.negative else None,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             generator=[seeded(seed) for seed in seeds],

@@ -210,6 +210,19 @@ def test_a_unet_for_inpainting_asks_for_image_and_mask(tmp_path):
     assert drawn.size == (16, 16)
 
 
+def test_a_pipeline_without_negative_prompts(tmp_path):
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+    parts = small_pipelines.pipeline("sd15", time_cond_proj_dim=16).components
+    parts |= {"scheduler": LCMScheduler(**small_pipelines.NOISE)}
+    LatentConsistencyModelPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    ours = open_model(tmp_path, CPU)
+    (drawn,), _ = ours.draw(["ab"], [0], Settings(steps=2))
+    assert drawn.size == (16, 16) and ours.sampler == "LCMScheduler"
+    with pytest.raises(ValueError, match="its pipeline takes no negative prompt"):
+        ours.draw(["ab"], [0], Settings(steps=2, negative="b"))
+
+
 IMAGE, MASK = picture(8)
 
 
