@@ -1,7 +1,9 @@
 """The U-Net of 2015: its sizes as published, its order, its encoders, and its norms when fused."""
 
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,3 +275,13 @@ def test_an_encoder_s_maps_have_to_fit():
     model.encoder.count = 2
     with pytest.raises(ValueError, match=r"\(64, 64, 128\) channels, finest first, got \(64, 64\)"):
         model(torch.zeros(2, 1, 64, 64))
+
+
+def test_the_page_s_examples_do_what_they_say(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "segmentation.md").read_text()
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(example, names)
+    assert names["scores"].shape == (1, 2, 200, 317)
+    printed = capsys.readouterr().out
+    assert "10  group_norm_silu" in printed and "torch.Size([1, 2, 52, 52])" in printed
