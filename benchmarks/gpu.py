@@ -212,6 +212,7 @@ def run(name: str, command: str, out: Path, end: float) -> int:
             return job.wait(max(end - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)  # and what it started
+            job.wait()
             return 124
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -124,18 +125,34 @@ def _run(names: list[str], asked: list[str], written: Path, log: TextIO) -> int:
     folder = Path(fastunet.benchmarks.__file__).resolve().parent
     arguments = [*PYTEST, f"--rootdir={folder}", f"--benchmark-json={written.absolute()}"]
     arguments += [*asked, *(str(folder / name) for name in names)]
-    console = Console(file=sys.stderr)
+    terminal = os.fdopen(os.dup(2), "w")
+    console = Console(file=terminal)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     progress = Progress(
         *columns, TimeElapsedColumn(), console=console, transient=True,
         disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip
     shown = Shown(progress)
-    with progress, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with terminal, progress, _printing_to(log):
         code = int(pytest.main(arguments, plugins=[shown]))
     if not written.exists() and shown.run is not None:  # pytest-benchmark saves what was timed
         written.write_text(json.dumps(shown.run.to_dict(), indent=1) + "\n")
     return code
+
+
+@contextlib.contextmanager
+def _printing_to(log: TextIO) -> Iterator[None]:
+    """All that this process prints, and what PyTorch's libraries print by themselves."""
+    before = {fd: os.dup(fd) for fd in (1, 2)}
+    try:
+        for fd in before:
+            os.dup2(log.fileno(), fd)
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
+    finally:
+        for fd, kept in before.items():
+            os.dup2(kept, fd)
+            os.close(kept)
 
 
 def _print(head: Any, lines: list[list[str]], numbers: tuple[int, ...]) -> None:
