@@ -139,6 +139,7 @@ def test_metadata_promises(metadata: Message):
         "demo",
         "dev",
         "diffusers",
+        "sample",
         "train",
     }
 
