@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,44 +30,11 @@ from fastunet.models import UNetConfig
 from fastunet.text_to_image import Clip, TextToImage, Words
 from fastunet.training import distributed, state
 from fastunet.training.data import Captioned, Drawn, Draws, Order, together
+from fastunet.training.settings import DTYPES, KEPT, Settings, check, learning_rate
 
 LOSSES, SAMPLES = "losses.csv", "samples"
 SEEN = 10  # steps between two looks at the losses: each waits for the device
 LONGEST = 1.0  # norm of the gradients
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. A run that goes on from a checkpoint may change what `KEPT` does not list."""
-
-    steps: int = 1000
-    batch: int = 128  # samples a step, of all processes together
-    learning_rate: float = 2e-3
-    seed: int = 0
-    ema: float = 0.99  # decay of the averaged weights
-    dropout: float = 0.1  # share of captions left out
-    dtype: str = "float32"  # "bfloat16" is autocast; weights, gradients and optimizer stay fp32
-    checkpointing: bool = False
-    accelerate: bool = True
-    parallel: str = "ddp"  # or "fsdp", under torchrun
-    workers: int = 0  # processes beside this one that read images
-    save_every: int = 500
-    sample_every: int = 0  # never
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every"):
-            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for name in ("seed", "workers", "sample_every"):
-            _check(name, getattr(self, name) >= 0, "at least 0", getattr(self, name))
-        _check("learning_rate", 0 < self.learning_rate < math.inf, "above 0", self.learning_rate)
-        _check("ema", 0 <= self.ema < 1, "in [0, 1)", self.ema)
-        _check("dropout", 0 <= self.dropout <= 1, "in [0, 1]", self.dropout)
-        _check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}", self.dtype)
-        _check("parallel", self.parallel in ("ddp", "fsdp"), "ddp or fsdp", self.parallel)
-
-
-KEPT = ("batch", "seed", "ema", "dropout", "dtype")
 
 
 def default_unet(channels: int, size: int, context_dim: int) -> UNetConfig:
@@ -299,22 +266,13 @@ class _Training:
     def _check_same(self, found: Path, saved: state.State, model: TextToImage) -> None:
         for name in KEPT:
             was, now = saved.facts["settings"][name], self.facts["settings"][name]
-            _check(name, was == now, f"{was} as in {found}, to go on from it", now)
+            check(name, was == now, f"{was} as in {found}, to go on from it", now)
         for what, was, now in (
             ("images", saved.facts["images"], self.facts["images"]),
             ("model", saved.average.describe(), model.describe()),
         ):
             if was != now:
                 raise ValueError(f"{what} must be those that {found} was trained with, to go on")
-
-
-def learning_rate(step: int, settings: Settings) -> float:
-    """Rises over a twentieth of the steps, then falls to 0 by half a cosine."""
-    warm = max(1, settings.steps // 20)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    done = (step - warm) / max(1, settings.steps - warm)
-    return settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
 def _reseed(seed: int, step: int) -> None:
@@ -345,7 +303,8 @@ def _write_row(path: Path, samples: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 64 // samples.shape[-1])
     pixels = ((samples.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    row = torch.cat(list(pixels.expand(-1, 3, -1, -1)), dim=-1)  # [3, H, N * W]
+    framed = nn.functional.pad(pixels.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
+    row = torch.cat(list(framed), dim=-1)  # [3, H + 2, N * (W + 2)]
     image = Image.fromarray(row.permute(1, 2, 0).contiguous().numpy())
     size = image.width * scale, image.height * scale
     image.resize(size, Image.Resampling.NEAREST).save(path)
@@ -371,8 +330,3 @@ def _gone(out: Path, reason: BaseException) -> RuntimeError:
         f"process {rank()} of {world_size()} lost another one; the last whole checkpoint is "
         f"{found}: the same command with --resume goes on from it ({reason})"
     )
-
-
-def _check(name: str, good: bool, rule: str, value: object) -> None:
-    if not good:
-        raise ValueError(f"{name} ({value}) must be {rule}")

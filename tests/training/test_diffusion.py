@@ -218,7 +218,7 @@ def test_what_is_learnt_is_the_colour(images, tmp_path):
     settings = Settings(steps=60, batch=16, learning_rate=1e-2, sample_every=60)
     trained = again(tmp_path / "run", images, settings)
     with Image.open(tmp_path / "run" / "samples" / "step-000060.png") as row:
-        assert row.size == (4 * 64, 64)
+        assert row.size == (4 * 80, 80)
     assert sum(losses(tmp_path / "run")[-10:]) < 0.6 * sum(losses(tmp_path / "run")[:10])
     assert not trained.training
 
