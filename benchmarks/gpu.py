@@ -91,6 +91,7 @@ INFO = Step(
 COMPILE = tests(
     "--benchmark-disable -k 'not autotune' " + " ".join(f"{{here}}/bench_{f}.py" for f in FILES), 12
 )
+COMPILE.commands[0] = f"TORCHINDUCTOR_COMPILE_THREADS=1 {COMPILE.commands[0]}"
 # The most telling first: a call that runs out of time leaves what is at the end to the next.
 STEPS: dict[str, dict[str, Step]] = {
     "parity": {

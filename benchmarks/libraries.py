@@ -125,7 +125,7 @@ def guarded(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, An
 
 def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
-    found: dict[str, Any] = {"machine": machine.facts() | {"before": machine.nvidia_smi()}}
+    found: dict[str, Any] = {"machine": machine.facts() | {"before": machine.now()}}
     found["kernel_in_a_graph"] = kernel_cost()
     print(f"a kernel in a graph: {found['kernel_in_a_graph']['us_per_kernel']:.3f} us")
     with torch.no_grad():
@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
                     name = f"{heads}x{head_dim}x{tokens}x{keys} {backend or 'as PyTorch chooses'}"
                     rows[name] = row = guarded(attention, heads, head_dim, tokens, keys, backend)
                     print(f"SDPA {name}: {said(row)}")
-    found["machine"]["after"] = machine.nvidia_smi()
+    found["machine"]["after"] = machine.now()
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     summary(found)
 

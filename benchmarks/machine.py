@@ -1,6 +1,7 @@
 """What a figure was measured on: device, driver, clocks and power as they are, versions, code."""
 
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -28,6 +29,12 @@ def facts() -> dict[str, Any]:
         "sources": sources(),
         "seed": SEED,
     }
+
+
+def now() -> dict[str, Any]:
+    """What changes: the processes that the CPU's cores share, and the GPU's clocks and power."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"load": load, "cores": os.cpu_count(), **nvidia_smi()}
 
 
 def nvidia_smi() -> dict[str, str]:

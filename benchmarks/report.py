@@ -86,6 +86,9 @@ def markdown(run: Run) -> str:
     lines = [[cell.replace("|", "\\|") for cell in cells(row, eager)] for row in ordered(run.rows)]
     parts = [summary(run), table(HEAD, lines, 3)]
     parts += [f"{title}\n\n{shares}" for title, shares in classes(run.rows)]
+    if faster := behind(run.rows):
+        head = ("op", "call", "faster than ours", "us", "ours, us", "ratio")
+        parts.append(f"Where another is faster, beyond the spread:\n\n{table(head, faster, 3)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,13 +108,36 @@ def summary(run: Run) -> str:
     machine = run.limits
     text = f"{machine['device']}: copy {machine['copy_gbs']:.0f} GB/s, "
     text += f"{machine['matmul_dtype']} product {machine['matmul_tflops']:.2g} TFLOP/s"
-    for name, value in run.machine.items():
-        if name in ("before", "after") and value:
-            text += f"; {name}: {value['clocks.sm']}, {value['power.draw']}"
+    for name in ("before", "after"):
+        found = run.machine.get(name, {})
+        if "clocks.sm" in found:
+            text += f"; {name}: {found['clocks.sm']}, {found['power.draw']}"
+        elif found.get("load") is not None:
+            text += f"; {name}: {found['load']:.1f} processes for {found['cores']} cores"
+    if machine["device"].startswith("cpu"):
+        text += "\nThe time is the CPU's, in one thread. Small inputs lie in its caches, which are faster"
+        text += " than the copy."
     commit, versions = run.machine.get("commit"), run.machine.get("versions", {})
     parts = [f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions]
     parts += [f"commit {commit}", f"seed {run.machine['seed']}"] if commit else []
     return "\n".join([text, *([", ".join(parts)] if parts else [])])
+
+
+def behind(rows: Iterable[Row]) -> list[list[str]]:
+    """A line for each call of an op at which the middle 80 % of a peer lie below all of ours."""
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "timed":
+            groups[key(row)].append(row)
+    lines = []
+    for case, found in groups.items():
+        mine = [row for row in found if row["peer"].startswith("fastunet")]
+        best = min(found, key=lambda row: row["us"])
+        if mine and best["high"] < min(row["low"] for row in mine):
+            us = min(row["us"] for row in mine)
+            times = [number(best["us"]), number(us), f"{us / best['us']:.2f}"]
+            lines.append([*case, best["peer"], *times])
+    return lines
 
 
 def classes(rows: Iterable[Row]) -> list[tuple[str, str]]:

@@ -37,12 +37,12 @@ class Session:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.machine = machine.facts() | {"before": machine.nvidia_smi()}
+        self.machine = machine.facts() | {"before": machine.now()}
         torch.backends.cudnn.benchmark = True
         self.limits = limits.machine_limits(DEVICE)
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.machine | {"after": machine.nvidia_smi()}
+        found = self.machine | {"after": machine.now()}
         return {"machine": found, "limits": self.limits, "rows": self.rows}
 
 

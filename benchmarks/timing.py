@@ -1,5 +1,6 @@
 """How long a call takes: on a GPU by replays of a CUDA graph, so that no launch from Python is
-timed, over sets of inputs that together pass the L2 cache; on a CPU by the clock.
+timed, over sets of inputs that together pass the L2 cache; on a CPU the time that this process,
+in one thread, was on it, whatever else runs there.
 """
 
 import statistics
@@ -46,7 +47,7 @@ class Clock:
 
     def __call__(self) -> float:
         if not ON_GPU:
-            return time.perf_counter() / self.calls
+            return time.process_time() / self.calls
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         event.synchronize()
@@ -133,9 +134,9 @@ def _captured(function: Callable[[], Any]) -> Callable[[], None]:
 
 def _milliseconds(function: Callable[[], Any]) -> float:
     if not ON_GPU:
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.process_time() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -217,6 +217,14 @@ def test_the_table_says_what_was_not_timed():
     assert "| fastunet | 5.0 | 20 % | 2.00 | 40 % | cpu, torch | error 0.50 of its budget |" in ours
 
 
+def test_calls_at_which_another_is_faster_are_listed():
+    ours, near, far = row("fastunet", 10.0), row("two", 9.0), row("eager", 5.0)
+    assert report.behind([ours, near]) == []
+    assert report.behind([ours, near, far]) == [["geglu", "8x16", "eager", "5.0", "10.0", "2.00"]]
+    text = report.markdown(report.Run({}, LIMITS, [ours, near, far]))
+    assert "| geglu | 8x16 | eager | 5.0 | 10.0 | 2.00 |" in text
+
+
 def test_plots(tmp_path):
     rows = [row("eager", 10.0, bytes=1000, flops=0), row("fastunet", 5.0, bytes=1000, flops=0)]
     step = {"op": "unet", "limit_us": 5.0, "shares": {"convolution 3 x 3": 0.7, "silu": 0.3}}
@@ -259,6 +267,7 @@ def test_a_quick_run_in_a_process_of_its_own(tmp_path):
     assert written["limits"]["copy_gbs"] > 0 and written["limits"]["matmul_tflops"] > 0
     assert written["machine"]["versions"]["torch"] == torch.__version__
     assert {"commit", "seed", "sources", "before", "after"} <= set(written["machine"])
+    assert written["machine"]["before"]["load"] > 0
     timed = [row for row in rows if row["status"] == "timed"]
     assert len(written["benchmarks"]) == len(timed) >= 6
     table = (tmp_path / "out" / "bench.md").read_text().splitlines()
