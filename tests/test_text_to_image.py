@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastunet.distributed import share
+from fastunet.kernels import use_backend
 from fastunet.models import TOY
 from fastunet.text_to_image import (
     Clip,
@@ -16,6 +17,9 @@ from fastunet.text_to_image import (
     read_unet,
     save_folder,
 )
+from fastunet.training import state
+from fastunet.training.data import Digits
+from fastunet.training.diffusion import Settings, new_model, train
 
 CAPTIONS = ["a red circle", "A blue\ncircle", "circles: 2"]
 
@@ -125,6 +129,22 @@ def test_a_folder_with_clip_needs_no_other(tmp_path, clip_folder):
     assert not torch.equal(*model.encode(["red", "blue"]))
     save_folder(model, tmp_path / "model")
     assert_same(model, load_folder(tmp_path / "model"), ["red", ""])
+
+
+def test_clip_stays_as_it_is_in_training(tmp_path, clip_folder):
+    images = Digits()
+    model = new_model(images, clip=Clip.from_folder(clip_folder))
+    before = {name: value.clone() for name, value in model.text.state_dict().items()}
+    with use_backend("torch"):
+        for steps in (1, 2):  # the second goes on from a checkpoint
+            settings = Settings(steps=steps, batch=2)
+            trained = train(tmp_path, images, model, settings, resume=steps == 2, say=str)
+    after = trained.text.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    weights = state.read(tmp_path / "step-000002").weights
+    assert weights and not [name for name in weights if name.startswith("text.")]
+    assert not torch.equal(trained.unet.conv_in.weight, model.unet.conv_in.weight)
 
 
 def test_a_folder_of_a_pipeline_has_clip_in_two_parts(tmp_path, clip_folder):
