@@ -37,8 +37,8 @@ from fastunet.training.data import DIGITS, Digits
 class Run:
     """How much to do; the defaults are the demo of the README."""
 
-    train_steps: int = 900
-    batch: int = 128
+    train_steps: int = 500
+    batch: int = 32
     sampling_steps: int = 25
     guidance: float = 1.5
     each: int = 10  # samples of each digit
