@@ -253,6 +253,6 @@ def main(out: Path, run: Run, *, say: Callable[[object], None] = print) -> dict[
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     for name, value in overlap.items():
-        say(f"{name}: IoU {value:.3f}, {nuclei[name]} of {count(held_out.labels)} nuclei by itself")
+        say(f"{name}: IoU {value:.3f}, {nuclei[name]} of {count(held_out.labels)} nuclei found")
     say(f"on the held-out {HELD_OUT} lines; {report['seconds']['all']} s; see {out}/")
     return report
