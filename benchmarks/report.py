@@ -115,8 +115,8 @@ def summary(run: Run) -> str:
         elif found.get("load") is not None:
             text += f"; {name}: {found['load']:.1f} processes for {found['cores']} cores"
     if machine["device"].startswith("cpu"):
-        text += "\nThe time is the CPU's, in one thread. Small inputs lie in its caches, which are faster"
-        text += " than the copy."
+        text += "\nThe time is the CPU's, in one thread. Small inputs lie in its caches, which"
+        text += " are faster than the copy."
     commit, versions = run.machine.get("commit"), run.machine.get("versions", {})
     parts = [f"{name} {versions[name]}" for name in ("torch", "triton", "diffusers") if versions]
     parts += [f"commit {commit}", f"seed {run.machine['seed']}"] if commit else []

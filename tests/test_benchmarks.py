@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastunet import cli_bench, kernels
+from fastunet import cli_bench, kernels, testing
 from fastunet.benchmarks import (
     cases,
     limits,
@@ -97,6 +97,13 @@ def test_a_wrong_gradient_is_not_timed(bench):
     assert row["status"] == "wrong" and row["why"].startswith("geglu d_0 is off by")
     bench.session.rows.clear()
     assert rows_of(bench, CASE, peer)[0][0]["status"] == "timed"
+
+
+def test_the_worst_row_is_one_that_broke_the_rule(monkeypatch):
+    broken = testing.Row("d_0", "float32", 1e-9, 0.0, 1e-10, 0.0, True)
+    kept = testing.Row("output", "float32", 1.0, 1.0, 2.0, 0.5, True)
+    monkeypatch.setattr(testing, "gradient_rows", lambda *args: [broken, kept])
+    assert suite.parity(CASE._replace(training=True), reference.geglu) is broken
 
 
 def test_a_peer_that_raises_or_is_missing_has_a_row(bench):
