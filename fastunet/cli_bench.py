@@ -21,19 +21,21 @@ PYTEST += ["--benchmark-only", "--benchmark-columns=median,iqr", "--benchmark-so
 
 
 class Part(str, Enum):
-    """What can be asked for alone, and the file that has it."""
+    """What can be asked for alone."""
 
     group_norm = "group_norm"
     attention = "attention"
-    add_time_embedding = "time_embedding"
+    add_time_embedding = "add_time_embedding"
     geglu = "geglu"
-    add_layer_norm = "layer_norm"
+    add_layer_norm = "add_layer_norm"
     unet = "unet"
     sampling = "sampling"
     startup = "startup"
 
 
-Name = Enum("Name", {part.name: part.name for part in Part}, type=str)
+def file_of(part: Part) -> str:
+    """The benchmarks of it."""
+    return f"bench_{part.value.removeprefix('add_')}.py"
 
 
 class Shown:
@@ -62,7 +64,7 @@ class Shown:
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A shape or two of each op.")] = False,
     only: Annotated[
-        list[Name] | None, typer.Option(help="Only this; may be given several times.")
+        list[Part] | None, typer.Option(help="Only this; may be given several times.")
     ] = None,
     match: Annotated[str, typer.Option(help="Only names that fit, as pytest's -k has it.")] = "",
     compare: Annotated[
@@ -95,10 +97,9 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     written, log = out / "bench.json", out / "pytest.log"
     written.unlink(missing_ok=True)
-    parts = [Part[name.value] for name in only] if only else list(Part)
     with log.open("w") as text:
         asked = ["--quick"] * quick + (["-k", match] if match else [])
-        code = _run([f"bench_{part.value}.py" for part in parts], asked, written, text)
+        code = _run([file_of(part) for part in only or Part], asked, written, text)
     if not written.exists():
         typer.echo(f"nothing was to be timed, {log} says why", err=True)
         raise typer.Exit(1)

@@ -287,6 +287,6 @@ def test_a_quick_run_in_a_process_of_its_own(tmp_path):
 def test_names_of_parts():
     assert {part.name for part in cli_bench.Part} >= set(SHAPES["sd15"])
     folder = readme.ROOT / "benchmarks"
-    assert all((folder / f"bench_{part.value}.py").exists() for part in cli_bench.Part)
+    assert all((folder / cli_bench.file_of(part)).exists() for part in cli_bench.Part)
     assert set(report.OPS) == {op for op in SHAPES["sd15"] if hasattr(kernels, op)}
     assert CliRunner().invoke(app, ["bench", "--only", "softmax"]).exit_code == 2
