@@ -161,14 +161,17 @@ def assert_gradients(
     """The same for every output, and for the gradient of every floating-point tensor argument.
 
     Args:
-        upstream: makes the gradient of an output, given that output of the reference. The default
-            is drawn several times where a gradient has few values, which are then compared as one.
+        upstream: makes the gradient of an output, given that output of the reference. Where the
+            default makes few values of a gradient, and they break the rule, it is drawn several
+            times and all are compared as one: a few break it by chance.
 
     Raises:
         AssertionError: a gradient breaks the rule, is missing, or has another dtype or shape than
             its tensor.
     """
-    rows = gradient_rows(name, ours, reference, args, kwargs, upstream)
+    rows = gradient_rows(name, ours, reference, args, kwargs, upstream, most_draws=1)
+    if not all(row.passed for row in rows):
+        rows = gradient_rows(name, ours, reference, args, kwargs, upstream)
     for row in rows:
         _assert_passed(row)
     return rows
@@ -181,8 +184,12 @@ def gradient_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     upstream: Callable[[Tensor], Tensor] = torch.randn_like,
+    most_draws: int = MOST_DRAWS,
 ) -> list[Row]:
-    """A row for every output and for every gradient; see :func:`assert_gradients`."""
+    """A row for every output and for every gradient; see :func:`assert_gradients`.
+
+    The default upstream is drawn until the smallest gradient has 256 values, so often at most.
+    """
     runs = [
         _called(ours, args, kwargs),
         _called(reference, args, kwargs),
@@ -196,7 +203,7 @@ def gradient_rows(
     draws = 1
     if upstream is torch.randn_like:
         fewest = min([leaf.numel() for leaf in leaves.values() if leaf.numel()], default=1)
-        draws = min(-(-ENOUGH_VALUES // fewest), MOST_DRAWS)
+        draws = min(-(-ENOUGH_VALUES // fewest), most_draws)
     drawn: list[list[tuple[Tensor, ...]]] = [[] for _ in runs]
     for draw in range(draws):
         grads = [upstream(output.detach()) for output in eager]

@@ -17,6 +17,7 @@ from fastunet.testing import (
     DTYPES,
     SHAPES,
     VARIANTS,
+    assert_gradients,
     assert_parity,
     compare,
     make_inputs,
@@ -269,3 +270,33 @@ def test_shapes_are_those_of_the_real_model(family, monkeypatch):
     for op, shapes in SHAPES[family].items():
         assert len(shapes) == len(set(shapes))
         assert set(shapes) == found[op]
+
+
+class Off(torch.autograd.Function):
+    """x * 3, whose gradient is off by a hundredth as long as ``wrong`` says so."""
+
+    @staticmethod
+    def forward(ctx, x, wrong):
+        ctx.wrong = wrong
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        factor = 3.03 if ctx.wrong.pop() else 3.0
+        return grad * factor, None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "left"),
+    [([False] * 20, 19), ([False] * 19 + [True], 3)],  # of 16 values 16 times are drawn
+)
+def test_few_values_of_a_gradient_are_drawn_again_where_they_break_the_rule(wrong, left):
+    x = torch.randn(16)
+    assert_gradients(lambda x: Off.apply(x, wrong), lambda x: x * 3, x)
+    assert len(wrong) == left
+
+
+def test_a_gradient_that_is_wrong_each_time_is_caught():
+    wrong = [False] * 3 + [True] * 17
+    with pytest.raises(AssertionError, match="d_0"):
+        assert_gradients(lambda x: Off.apply(x, wrong), lambda x: x * 3, torch.randn(16))
