@@ -34,6 +34,7 @@ SMALL = {
 }
 SIDES = {"sd15": 64, "sdxl": 128}  # of the latent image: 512 x 512 and 1024 x 1024 pixels
 SMALL_SIDE, TOKENS = 8, 77
+NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 
 def config(family: str, device: str) -> dict[str, Any]:
@@ -46,11 +47,14 @@ def side(family: str, device: str) -> int:
 
 def title(family: str, device: str) -> str:
     """What a row says of the model."""
-    name = {"sd15": "SD 1.5", "sdxl": "SDXL"}[family]
     if device == "cuda":
-        return f"{name} {8 * SIDES[family]}x{8 * SIDES[family]}"
-    channels = "-".join(map(str, SMALL[family]["block_out_channels"]))
-    return f"{name} small ({channels} channels, latent {SMALL_SIDE}x{SMALL_SIDE})"
+        return f"{NAMES[family]} {8 * SIDES[family]}x{8 * SIDES[family]}"
+    return small_title(family, SMALL[family], SMALL_SIDE)
+
+
+def small_title(family: str, config: dict[str, Any], side: int) -> str:
+    channels = "-".join(map(str, config["block_out_channels"]))
+    return f"{NAMES[family]} small ({channels} channels, latent {side}x{side})"
 
 
 def make(family: str, device: str, dtype: torch.dtype, config: dict[str, Any]) -> nn.Module:
