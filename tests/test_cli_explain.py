@@ -1,6 +1,7 @@
 """fastunet explain: what accelerate() would do to a model, from its configuration alone."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -99,3 +100,13 @@ def test_without_diffusers(tmp_path, monkeypatch):
     diffusers_models.build("vae").save_config(tmp_path)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     refused(tmp_path, "diffusers")
+
+
+def test_a_folder_named_kernels_beside_hides_no_package_of_that_name(tmp_path):
+    """As in a clone: diffusers imports Hugging Face's `kernels` where it finds one."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('not that one')")
+    diffusers_models.build("sd21").save_config(tmp_path)
+    command = [sys.executable, "-m", "fastunet", "explain", "--model", "config.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
