@@ -280,7 +280,9 @@ def test_a_quick_run_in_a_process_of_its_own(tmp_path):
     assert written["machine"]["before"]["load"] > 0
     timed = [row for row in rows if row["status"] == "timed"]
     assert len(written["benchmarks"]) == len(timed) >= 6
-    table = (tmp_path / "out" / "bench.md").read_text().splitlines()
+    # A call at which a peer was faster has a line in a table of its own too.
+    text = (tmp_path / "out" / "bench.md").read_text()
+    table = text.partition("Where another is faster")[0].splitlines()
     lines = [line for line in table if line.startswith("| add_time_embedding")]
     assert len(lines) == len(rows) and all("| cpu, torch |" in line for line in lines)
     assert (tmp_path / "out" / "peers.png").read_bytes().startswith(b"\x89PNG")
