@@ -7,7 +7,7 @@ Steps are processes of their own; one that fails or runs out of time leaves the 
 next call goes on with what is left. A step whose result lies in the folder is not run again. The
 logs lie beside the results, a table is printed last. It needs a Python that has torch, Triton,
 diffusers, pytest-benchmark and matplotlib beside this package; pytest-xdist and hypothesis for the
-suite's own tests; and liger-kernel, flag_gems, xformers or flash-attn to have these as peers.
+suite's own tests, CompVis ldm to its random hosts; and liger-kernel, flag_gems, xformers or flash-attn to have these as peers.
 
 A dry run needs no GPU: each command is called on small inputs on the CPU, of pytest only the
 collection, so that every script, option and input is seen to be there.
@@ -101,10 +101,11 @@ STEPS: dict[str, dict[str, Step]] = {
         "sanitizer": sanitizers(),
         "graphs": tests("{tests}/test_graph.py {tests}/test_merged.py -k natively", 4),
         "suite": tests(
-            "{tests}/kernels {tests}/nn {tests}/test_tune.py --fuzz 100 -p no:benchmark --tb short"
-            " --ignore {tests}/kernels/test_mutants.py",
+            "{tests}/kernels {tests}/nn {tests}/test_tune.py {tests}/hosts/test_unet_2015.py"
+            " --fuzz 100 -p no:benchmark --tb short --ignore {tests}/kernels/test_mutants.py",
             14,
         ),
+        "hosts": tests("{tests}/hosts/test_random.py --models 60", 10),
     },
     "bench": {
         "info": INFO,

@@ -20,14 +20,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.cuda.amp.autocast:FutureWarning"),
 ]
 PARTS = 10
+BACKENDS = {"cuda": "auto", "cpu": "torch"}
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_random_configurations(part, request):
+def test_random_configurations(part, request, device):
     replaced, models = 0, request.config.getoption("models")
     for seed in range(part, models, PARTS):
         host = random_hosts.draw(seed)
-        with use_backend("torch"), torch.no_grad():
+        host.model.to(device)
+        with use_backend(BACKENDS[device]), torch.no_grad():
             replaced += accelerate_and_restore(host)
     assert replaced > models // PARTS  # sites: the configurations are not all left
 

@@ -17,9 +17,9 @@ SIZE = 52
 
 
 @pytest.fixture
-def models():
+def models(device):
     """(eager, accelerated, fp64), with parameters as if trained."""
-    eager = UNet2015(CONFIG)
+    eager = UNet2015(CONFIG).to(device)
     for parameter in eager.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     accelerated = copy.deepcopy(eager)
@@ -34,9 +34,9 @@ def ops(model, x):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_output_and_gradients_by_the_kernels(models, channels_last):
+def test_output_and_gradients_by_the_kernels(models, channels_last, device):
     eager, accelerated, truth = models
-    x = torch.randn(1, 2, SIZE, SIZE)
+    x = torch.randn(1, 2, SIZE, SIZE, device=device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     found = []
     with use_backend("triton"):
@@ -50,16 +50,16 @@ def test_output_and_gradients_by_the_kernels(models, channels_last):
         assert row.passed, row
 
 
-def test_no_concatenation_is_written(models):
+def test_no_concatenation_is_written(models, device):
     eager, accelerated, _ = models
-    x = torch.randn(1, 2, SIZE, SIZE)
+    x = torch.randn(1, 2, SIZE, SIZE, device=device)
     with torch.no_grad(), use_backend("triton"):
         assert "aten::cat" in ops(eager, x) and "aten::cat" not in ops(accelerated, x)
 
 
-def test_a_norm_with_a_hook_is_called(models):
+def test_a_norm_with_a_hook_is_called(models, device):
     eager, accelerated, _ = models
-    seen, x = [], torch.randn(1, 2, SIZE, SIZE)
+    seen, x = [], torch.randn(1, 2, SIZE, SIZE, device=device)
     norm = accelerated.up_blocks[0].block.norm1
     norm.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].shape[1]))
     with torch.no_grad(), use_backend("torch"):
@@ -81,9 +81,9 @@ def test_what_is_another_class_is_left(models):
     assert reasons["up_blocks.1.block"] == "instance_forward"
 
 
-def test_restored_to_the_bit(models):
+def test_restored_to_the_bit(models, device):
     eager, accelerated, _ = models
     fastunet.restore(accelerated)
     assert [type(m) for m in accelerated.modules()] == [type(m) for m in eager.modules()]
-    x = torch.randn(1, 2, SIZE, SIZE)
+    x = torch.randn(1, 2, SIZE, SIZE, device=device)
     assert torch.equal(accelerated(x), eager(x))

@@ -265,6 +265,13 @@ def test_transformers_backbone_as_encoder():
     assert model(torch.randn(2, 3, 128, 160)).shape == (2, 2, 20, 28)
 
 
+def test_timm_s_features_as_encoder():
+    timm = pytest.importorskip("timm", reason="timm needs torchvision, which has CUDA's PyTorch")
+    features = timm.create_model("resnet18", features_only=True, out_indices=(0, 1, 2), in_chans=1)
+    model = UNet2015(UNet2015Config(block_out_channels=(64, 64, 128), norm="group"), features)
+    assert model(torch.randn(2, 1, 128, 96)).shape == (2, 2, 52, 36)
+
+
 def test_an_encoder_s_maps_have_to_fit():
     model = UNet2015(UNet2015Config(block_out_channels=(64, 64, 128)), FirstMaps(monai_resnet(), 3))
     # Maps of 65 x 60, 33 x 30 and 17 x 15.

@@ -42,10 +42,10 @@ def draw(seed: int) -> Host:
     options |= {"seed": seed, "layout": layout, "training": model.training}
 
     def call(module: nn.Module, number: int = 0) -> Tensor:
-        dtype = next(module.parameters()).dtype
+        weight = next(module.parameters())
         generator = torch.Generator().manual_seed(number)
         noise = torch.randn(image.shape, generator=generator).to(memory_format=layout)
-        output = module(noise.to(dtype), *_to(dtype, tuple(others)), **_to(dtype, kwargs))
+        output = module(_to(weight, noise), *_to(weight, tuple(others)), **_to(weight, kwargs))
         while not isinstance(output, Tensor):
             output = output[0]
         return output
@@ -53,12 +53,13 @@ def draw(seed: int) -> Host:
     return Host(options, model, call)
 
 
-def _to(dtype: torch.dtype, value: Any) -> Any:
+def _to(weight: Tensor, value: Any) -> Any:
+    """On the device of a weight, and what is no index in its dtype."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(weight) if value.is_floating_point() else value.to(weight.device)
     if isinstance(value, dict):
-        return {key: _to(dtype, item) for key, item in value.items()}
-    return tuple(_to(dtype, item) for item in value) if isinstance(value, tuple) else value
+        return {key: _to(weight, item) for key, item in value.items()}
+    return tuple(_to(weight, item) for item in value) if isinstance(value, tuple) else value
 
 
 def _size(rng: random.Random) -> tuple[int, int, int]:
