@@ -6,8 +6,8 @@
 Steps are processes of their own; one that fails or runs out of time leaves the others, and the
 next call goes on with what is left. A step whose result lies in the folder is not run again. The
 logs lie beside the results, a table is printed last. It needs a Python that has torch, Triton,
-diffusers, pytest-benchmark and matplotlib beside this package; pytest-xdist and hypothesis for the
-suite's own tests, CompVis ldm to its random hosts; and liger-kernel, flag_gems, xformers or flash-attn to have these as peers.
+diffusers, pytest-benchmark and matplotlib beside this package; pytest-xdist, hypothesis and CompVis
+ldm for the suite's own tests; and liger-kernel, flag_gems, xformers or flash-attn as peers.
 
 A dry run needs no GPU: each command is called on small inputs on the CPU, of pytest only the
 collection, so that every script, option and input is seen to be there.
