@@ -27,6 +27,7 @@ from fastunet.hosts._subclass import seen_class, subclass
 
 MARK = "_fastunet_graphs"
 SYNCHRONIZING = "called a synchronizing CUDA operation"  # PyTorch's words
+PROTOTYPE = "Synchronization debug mode is a prototype"  # its word on how that is asked for
 MOST = 8  # kinds of call that are remembered; the one unused for longest goes
 TIMESTEP = ("timestep", "timesteps")  # of their numbers a tensor is made: each step has its own
 
@@ -86,16 +87,16 @@ class Cuda:
     def first(self, call: Callable[[], Any]) -> tuple[Any, bool]:
         """(the result of a plain call, whether it waited for the GPU, which no graph can do)."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
                 result = call()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         waits = [each for each in told if SYNCHRONIZING in str(each.message)]
         for each in told:
-            if each not in waits:
+            if each not in waits and PROTOTYPE not in str(each.message):
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         return result, bool(waits)
 
