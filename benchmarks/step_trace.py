@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from fastunet import _constants, _merged, kernels
 from fastunet.benchmarks import limits
 from fastunet.kernels import _launch
-from fastunet.nn import resnet
+from fastunet.nn import convolution
 
 PROCESSORS, CAPABILITY = 132, 9  # of an H100 and of an H200
 TEXT, TIME = "linear, key and value of the text", "linear, time embedding of a block"
@@ -192,7 +192,7 @@ def gpu() -> Iterator[None]:
         (_launch, "capability", lambda tensor: CAPABILITY),
         (torch, "is_autocast_enabled", lambda *device: False),  # refuses to be asked of "meta"
         (_merged, "DEVICES", {"meta"}),
-        (resnet, "DEVICES", {"meta"}),
+        (convolution, "DEVICES", {"meta"}),
         (_merged, "_is_eager_inference", lambda x: not torch.is_grad_enabled()),
         (_merged, "_adjacent", _adjacent),
         (_constants.Constants, "stamp", lambda self, layer, source: source._version),

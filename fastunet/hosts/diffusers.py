@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastunet import kernels
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.nn.attention import attend, extra_part
+from fastunet.nn.convolution import pointwise
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual, unlike_plain
@@ -131,7 +132,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         if self.use_linear_projection:
             tokens = normalize(self.norm, hidden_states, tokens=True)
             return self.proj_in(tokens), hidden_states.shape[1]
-        image = self.proj_in(normalize(self.norm, hidden_states))
+        image = pointwise(self.proj_in, normalize(self.norm, hidden_states))
         return _sites.tokens(image), image.shape[1]
 
     def _get_output_for_continuous_inputs(
@@ -139,7 +140,7 @@ class FusedTransformer2DModel(Transformer2DModel):
     ) -> Tensor:
         if self.use_linear_projection:
             return _sites.image(self.proj_out(hidden_states), residual) + residual
-        return self.proj_out(_sites.image(hidden_states, residual)) + residual
+        return pointwise(self.proj_out, _sites.image(hidden_states, residual)) + residual
 
 
 class FusedUpsample2D(Upsample2D):

@@ -18,9 +18,9 @@ from fastunet.hosts._sites import added_norms
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn.attention import attend
+from fastunet.nn.convolution import convolve, pointwise, shift_by
 from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.layer_norm import add_normalize
-from fastunet.nn.resnet import convolve, shift_by
 from fastunet.nn.upsample import fits, is_on, pays, upsample_conv
 
 PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
@@ -45,7 +45,7 @@ class FusedResBlock:
         h = _norm(norm, h, activation, shift=shift, scale_shift=scale_shift)
         for layer in rest:
             h = layer(h)
-        return self.skip_connection(x) + h
+        return pointwise(self.skip_connection, x) + h
 
 
 def unlike_res_block(block: Any) -> tuple[str, str] | None:
@@ -142,7 +142,8 @@ class FusedResnetBlock:
         h = normalize(self.norm2, h, shift=shift, activation="silu")
         h = self.conv2(self.dropout(h))
         if self.in_channels != self.out_channels:
-            x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+            shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
+            x = pointwise(shortcut, x)
         return x + h
 
 

@@ -8,6 +8,7 @@ from fastunet import kernels
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
+from fastunet.nn.convolution import pointwise
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual
@@ -43,12 +44,12 @@ class FusedTransformer(unet_sd.Transformer):
         if self.linear_projection:
             tokens = self.proj_in(normalize(self.norm, x, tokens=True))
         else:
-            tokens = _sites.tokens(self.proj_in(normalize(self.norm, x)))
+            tokens = _sites.tokens(pointwise(self.proj_in, normalize(self.norm, x)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
         if self.linear_projection:
             return _sites.image(self.proj_out(tokens), x) + x
-        return self.proj_out(_sites.image(tokens, x)) + x
+        return pointwise(self.proj_out, _sites.image(tokens, x)) + x
 
 
 class FusedUpsample(unet_sd.Upsample):

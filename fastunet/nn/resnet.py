@@ -6,14 +6,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastunet._plain import is_plain
-from fastunet.kernels import _launch
+from fastunet.nn.convolution import convolve, pointwise, shift_by
 from fastunet.nn.group_norm import normalize
 
 LAYERS = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
 RESAMPLERS = ("upsample", "downsample")  # of both ways through the block, where it has one
-# Where the norm after a convolution adds its bias: there PyTorch does so in a kernel of its own,
-# which reads and writes the image once more.
-DEVICES = {"cuda"}
 OPTIONS = (*RESAMPLERS, "skip_time_act", "time_embedding_norm", "output_scale_factor")
 
 
@@ -107,28 +104,9 @@ def residual(block: Any, x: Tensor, emb: Tensor | None) -> Tensor:
     h = normalize(block.norm2, h, shift=shift, scale_shift=scale_shift, activation=activation)
     h = block.conv2(block.dropout(h if silu else block.nonlinearity(h)))
     if block.conv_shortcut is not None:
-        x = block.conv_shortcut(x)
+        x = pointwise(block.conv_shortcut, x)
     factor = getattr(block, "output_scale_factor", 1.0)
     return x + h if factor == 1.0 else (x + h) / factor
-
-
-def convolve(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(the convolution without its bias, the bias [C]), for a norm that adds it; or (conv(x), None)
-    where the convolution is not plain, or nothing is gained.
-    """
-    apart = x.device.type in DEVICES and _launch.asked("auto") != "torch"
-    if not (apart and is_plain(conv, nn.Conv2d)) or conv.bias is None:
-        return conv(x), None
-    return conv._conv_forward(x, conv.weight, None), conv.bias
-
-
-def shift_by(h: Tensor, shift: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """What a norm adds to h [N, C, *S]: shift [N, C] or [1, C], and a bias [C], each or None."""
-    if shift is not None and bias is not None:
-        shift = shift + bias
-    else:
-        shift = bias if shift is None else shift
-    return None if shift is None else shift.expand(len(h), -1)
 
 
 def unlike_plain(block: Any) -> tuple[str, str] | None:

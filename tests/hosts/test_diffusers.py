@@ -106,7 +106,7 @@ def test_gradients_are_as_close_to_the_truth_as_eagers(built, name, dtype):
 @pytest.mark.parametrize("name", ["resampled", "vae", "controlnet"])
 def test_the_kernels_are_as_close_to_the_truth_as_eager(built, name, device, monkeypatch):
     """check() runs every site: scale and shift, no time embedding, tokens of an image."""
-    monkeypatch.setattr("fastunet.nn.resnet.DEVICES", {"cuda", "cpu"})  # as on a GPU
+    monkeypatch.setattr("fastunet.nn.convolution.DEVICES", {"cuda", "cpu"})  # as on a GPU
     model = built(name).to(device)
     args = [arg.to(device) for arg in diffusers_models.inputs(name, batch=1, side=4)]
     report = fastunet.accelerate(model)

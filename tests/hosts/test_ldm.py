@@ -135,7 +135,7 @@ def test_every_site_is_fused_and_restored(name):
 @pytest.fixture
 def biases_apart(monkeypatch):
     """The norm adds the bias of the convolution before, as on a GPU."""
-    monkeypatch.setattr("fastunet.nn.resnet.DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr("fastunet.nn.convolution.DEVICES", {"cuda", "cpu"})
 
 
 @torch.no_grad()

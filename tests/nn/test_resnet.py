@@ -9,7 +9,7 @@ from torch import nn
 
 import small_unets
 from fastunet.kernels import use_backend
-from fastunet.nn import ResnetBlock, resnet
+from fastunet.nn import ResnetBlock, convolution
 from fastunet.testing import DTYPES, assert_gradients, assert_parity, compare
 from layers import assert_trains
 
@@ -62,8 +62,9 @@ def test_on_pytorch_the_result_is_eagers_bit_for_bit(block):
         assert torch.equal(ResnetBlock.from_layer(block)(x, emb[:1]), block(x, emb[:1]))
 
 
-def test_it_trains(block):
-    assert_trains(ResnetBlock.from_layer(block), block, *draw(block))
+def test_it_trains(block, device):
+    block = block.to(device)
+    assert_trains(ResnetBlock.from_layer(block), block, *draw(block, device=device))
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def test_autocast_gives_eagers_dtype_and_values(block, dtype, backend, device):
 @pytest.fixture
 def apart(monkeypatch):
     """The norm adds the convolution's bias, as on a GPU."""
-    monkeypatch.setattr(resnet, "DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr(convolution, "DEVICES", {"cuda", "cpu"})
 
 
 @pytest.mark.usefixtures("apart")
@@ -113,7 +114,7 @@ def test_the_norm_adds_the_bias_of_the_convolution_before(block, dtype, device):
     fused, (x, emb) = ResnetBlock.from_layer(block), draw(block, device=device, dtype=dtype)
     with use_backend("triton"):
         assert_gradients(fused, lambda x, emb: of_dtype(block, x, emb), x, emb)
-        h, bias = resnet.convolve(block.conv1, x)
+        h, bias = convolution.convolve(block.conv1, x)
     assert bias is block.conv1.bias
     torch.testing.assert_close(h + bias[:, None, None], block.conv1(x), rtol=0.02, atol=0.02)
 
@@ -135,14 +136,14 @@ def test_the_bias_gets_its_gradient_from_the_norm(block, device):
 def test_a_convolution_that_is_not_plain_keeps_its_bias(block):
     x, conv = draw(block)[0], block.conv1
     with use_backend("torch"):  # by PyTorch's ops nothing is gained
-        assert resnet.convolve(conv, x)[1] is None
+        assert convolution.convolve(conv, x)[1] is None
     with use_backend("triton"):
         hook = conv.register_forward_hook(lambda layer, inputs, output: output + 1)
-        h, bias = resnet.convolve(conv, x)
+        h, bias = convolution.convolve(conv, x)
         assert bias is None and torch.equal(h, conv(x))
         hook.remove()
         conv.bias = None
-        assert resnet.convolve(conv, x)[1] is None
+        assert convolution.convolve(conv, x)[1] is None
 
 
 def test_sizes_that_do_not_fit_are_named():
