@@ -13,6 +13,7 @@ from torch import Tensor
 
 Kind = tuple[Any, ...]
 _tables: dict[str, dict[Kind, str]] = {}  # name of the device -> kind -> "triton" or "torch"
+_changes = 0  # of the tables
 _watched: list[tuple[Any, Sequence[Any], bool]] | None = None
 
 
@@ -30,10 +31,17 @@ def watching() -> Iterator[list[tuple[Any, Sequence[Any], bool]]]:
 
 def put(device: str, table: dict[Kind, str]) -> None:
     """What "auto" takes on this device from now on; an empty table: what it would by itself."""
+    global _changes
+    _changes += 1
     if table:
         _tables[device] = table
     else:
         _tables.pop(device, None)
+
+
+def state() -> int | None:
+    """A number that changes with the tables; None while somebody watches the calls."""
+    return _changes if _watched is None else None
 
 
 def chosen(operator: Any, args: Sequence[Any], tensors: Sequence[Tensor], runs: bool) -> str | None:

@@ -26,6 +26,7 @@ from fastunet.kernels import reference
 BACKENDS = ("auto", "triton", "torch")
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the dimensions
 
 
 def _checked(backend: str, name: str = "backend") -> str:
@@ -85,6 +86,11 @@ def is_broken(op: str, tensors: list[Tensor] | None = None) -> bool:
     return _case(op, tensors) in _broken
 
 
+def any_broken() -> bool:
+    """Whether a kernel of any op did not compile."""
+    return bool(_broken)
+
+
 def breaks(op: str, tensors: list[Tensor], failure: Exception) -> None:
     """Remember a kernel that does not compile; the first of an op is told by a warning."""
     why = f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
@@ -133,7 +139,7 @@ def why_not_triton(tensors: list[Tensor], by_name: bool = False) -> str | None:
         return f"its kernels take fp32, fp16 and bf16, got {dtype}"
     if device == "cpu" and any(t.dtype == torch.bfloat16 for t in tensors) and not _faithful():
         return "bf16 in the interpreter is wrong without fastunet.interpreter.make_faithful()"
-    if not _plain(tensors):
+    if not is_plain(tensors):
         return (
             "its kernels take plain tensors, no subclass, no negated view and none inside vmap, "
             "jvp or a trace"
@@ -165,7 +171,8 @@ def _transformed(tensors: list[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _plain(tensors: list[Tensor]) -> bool:
+def is_plain(tensors: list[Tensor]) -> bool:
+    """Whether they are what they seem: no subclass, no negated view and in no transform."""
     if torch.compiler.is_compiling():  # the registered op looks for transforms
         return all(type(t) in (Tensor, Parameter, FakeTensor) for t in tensors)
     # Of a negated view memory holds the opposite; only PyTorch's dispatcher would negate it.
@@ -277,9 +284,11 @@ def is_channels_last(rows: Tensor) -> bool:
 def empty_like_rows(x: Tensor, rows: Tensor, channels: int | None = None) -> Tensor:
     """An unwritten tensor like x, channels_last if rows are and PyTorch has such a layout for x."""
     samples, channels, space = x.shape[0], x.shape[1] if channels is None else channels, x.shape[2:]
-    if is_channels_last(rows) and x.dim() in (4, 5):
-        return x.new_empty((samples, *space, channels)).movedim(-1, 1)
-    return x.new_empty((samples, channels, *space))
+    layout = CHANNELS_LAST.get(x.dim()) if is_channels_last(rows) else None
+    return torch.empty(
+        (samples, channels, *space), dtype=x.dtype, device=x.device,
+        memory_format=layout or torch.contiguous_format,
+    )  # fmt: skip
 
 
 def tokens(x: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ class Operator:
         if asked == "torch" or not tensors:
             return self._reference(args)
         fallback, vendor = asked == "auto", False
+        plan = self._plan(args, tensors)
+        decided = fallback, _choices.state()
+        if plan is not None and decided in plan.checked:
+            return self._run_checked(plan, args, tensors, fallback)
         reason = _launch.why_not_triton(tensors, by_name=not fallback)
         if not (reason and fallback):
             unfit, vendor = self.check(*args)
@@ -106,6 +110,8 @@ class Operator:
             return self._reference(args)
         if fallback and _launch.is_broken(self.name, tensors):
             return self._reference(args)
+        if plan is not None and None not in decided:
+            plan.checked.add(decided)
         if _launch.is_traced():
             results = _all(self.registered(*args, fallback))
         elif _launch.wants_gradient(tensors):
@@ -114,6 +120,23 @@ class Operator:
             results = self._attempt(self.name, self.forward, args, tensors, fallback, save=False)
             if results is None:
                 return self._reference(args)
+        return results[0] if self.results == 1 else tuple(results[: self.results])
+
+    def _plan(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
+        """That of a call which nobody traces, watches or transforms, where there is one."""
+        if _launch.is_traced() or _launch.any_broken() or not _launch.is_plain(tensors):
+            return None
+        return self.forward.plan(tensors, args, save=_launch.wants_gradient(tensors))
+
+    def _run_checked(
+        self, plan: Any, args: Sequence[Any], tensors: list[Tensor], fallback: bool
+    ) -> Any:
+        """A call whose kind has been here before: nothing is left to check or to choose."""
+        if _launch.wants_gradient(tensors):
+            results = _all(_Gradients.apply(self, None, *args, fallback))
+        else:
+            results = _launch.on_its_device(tensors[0].device, plan, (tensors,), {})
+            _launch.note(self.name, "triton")
         return results[0] if self.results == 1 else tuple(results[: self.results])
 
     def _reference(self, args: Sequence[Any]) -> Any:

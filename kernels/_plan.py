@@ -53,6 +53,13 @@ class Launcher:
         """Forget every plan."""
         self._plans.clear()
 
+    def plan(self, tensors: list[Tensor], args: Sequence[Any], **options: Any) -> "_Plan | None":
+        """What a call with these arguments, ``tensors`` among them, comes to, where it is known."""
+        if tensors[0].device.type not in DEVICES or not self._plans:
+            return None
+        plan = self._plans.get(_kind(tensors, args, options))
+        return plan if type(plan) is _Plan else None
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if tensors[0].device.type not in DEVICES or not _TAKES_ALL:
@@ -74,7 +81,7 @@ def _kind(tensors: list[Tensor], args: Sequence[Any], options: dict[str, Any]) -
     found = [
         (arg.shape, arg.stride(), arg.dtype, arg.device, arg.data_ptr() % 16)
         if isinstance(arg, Tensor)
-        else arg
+        else (type(arg), arg)
         for arg in args
     ]
     needs = options.get("needs")
@@ -90,16 +97,21 @@ def _is_capturing(tensor: Tensor) -> bool:
 
 
 class _Plan:
-    """Steps over a list of tensors: the arguments, and a place for each one that is made."""
+    """Steps over a list of tensors: the arguments, and a place for each one that is made.
+
+    Whoever has checked a call of its kind writes down in ``checked`` for whom it was right.
+    """
 
     def __init__(self, steps: list[Any], places: int, results: Any) -> None:
         self._steps, self._places, self._results = steps, places, results
+        self.checked: set[Any] = set()
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         held: list[Any] = tensors + [None] * (self._places - len(tensors))
         for step in self._steps:
             step.run(held)
-        return _filled(self._results, held)
+        made = [each.of(held) if type(each) is _View else each for each in self._results]
+        return tuple(made) if type(self._results) is tuple else made
 
 
 class _View(NamedTuple):
@@ -135,17 +147,16 @@ class _Empty(NamedTuple):
         held[at] = torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
-class _Launch(NamedTuple):
-    run_compiled: Callable[..., None]
-    args: list[Any]
+class _Launch:
+    def __init__(self, run_compiled: Callable[..., None], args: list[Any]) -> None:
+        self.run_compiled, self.args = run_compiled, args
+        self._addresses = [(place, *arg) for place, arg in enumerate(args) if type(arg) is _Address]
 
     def run(self, held: list[Tensor]) -> None:
-        self.run_compiled(
-            *[
-                held[arg.at].data_ptr() + arg.offset if type(arg) is _Address else arg
-                for arg in self.args
-            ]
-        )
+        args = self.args.copy()
+        for place, at, offset in self._addresses:
+            args[place] = held[at].data_ptr() + offset
+        self.run_compiled(*args)
 
 
 class _Operation(NamedTuple):

@@ -43,7 +43,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(_tables, "_folder", lambda: tmp_path / "fastunet")
     with use_backend("auto"):
         yield tmp_path / "fastunet"
-    _choices._tables.clear()
+    for device in list(_choices._tables):
+        _choices.put(device, {})
 
 
 @pytest.fixture
@@ -134,7 +135,8 @@ def test_the_table_is_read_by_the_next_accelerate(model, x, folder):
     with timed(2.0, 2.0):
         tuning = fastunet.tune(model, x)
     expected = ran(model, x)
-    _choices._tables.clear()
+    for device in list(_choices._tables):
+        _choices.put(device, {})
     other = Model().to(DEVICE).eval()
     fastunet.accelerate(other)
     assert ran(other, x) == expected == ["torch"] * 3

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import threading
 import weakref
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import op_calls
 import planned
 from fastunet import kernels
-from fastunet.kernels import _plan
+from fastunet.kernels import _choices, _launch, _plan
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -332,3 +333,88 @@ def test_a_negated_view_is_no_plain_tensor(backend):
             kernels.geglu(x, backend=backend)
     else:
         assert torch.equal(kernels.geglu(x), kernels.geglu(x, backend="torch"))
+
+
+# A call whose kind was checked before is not checked again.
+
+
+def warmed(**options):
+    """(operator, call) of a norm that was called until nothing is checked any more."""
+    operator = op_calls.operator("group_norm")
+    x, weight = torch.randn(2, 8, 3, 3, device=DEVICE), torch.randn(8, device=DEVICE)
+
+    def call(groups=4, eps=1e-5, backend="triton", **more):
+        return kernels.group_norm(x, groups, weight, eps=eps, backend=backend, **options | more)
+
+    for _ in range(4):
+        call()
+    return operator, call
+
+
+def test_a_kind_that_was_checked_is_not_checked_again():
+    operator, call = warmed()
+    expected = call()
+    with mock.patch.object(operator, "check", None):
+        assert torch.equal(call(), expected)
+    with mock.patch.object(operator, "check", side_effect=AssertionError("checked")):
+        for other in ({"eps": 1e-3}, {"activation": "silu"}, {"tokens": True}, {"groups": 2}):
+            with pytest.raises(AssertionError, match="checked"):
+                call(**other)
+
+
+def test_a_number_of_another_type_is_another_kind():
+    _, call = warmed()
+    with pytest.raises(TypeError, match="num_groups"):
+        call(groups=4.0)
+
+
+def test_gradients_go_on_being_recorded():
+    operator, call = op_calls.operator("geglu"), partial(kernels.geglu, backend="triton")
+    x = torch.randn(4, 32, device=DEVICE).requires_grad_()
+    grads = [torch.autograd.grad(call(x).sum(), x)[0] for _ in range(5)]
+    with mock.patch.object(operator, "check", None):
+        grads.append(torch.autograd.grad(call(x).sum(), x)[0])
+        with torch.no_grad(), pytest.raises(TypeError):  # a kind of its own
+            call(x)
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+
+
+def test_what_auto_takes_is_decided_apart():
+    """A kernel that was asked for by name is not what "auto" takes from then on."""
+    query, context = torch.randn(2, 1, 200, 32, device=DEVICE)
+    ran = []
+    for backend in ["triton"] * 4 + ["auto"]:
+        with kernels.recording() as each:
+            kernels.attention(query, context, context, 2, backend=backend)
+        ran += [name for _, name in each]
+    assert ran == ["triton"] * 4 + ["torch"]  # a vendor's kernel
+
+
+def test_a_table_that_comes_later_counts():
+    _, call = warmed()
+    for _ in range(4):
+        call(backend="auto")
+    device = _choices.device_name(torch.device(DEVICE))
+    with _choices.watching() as calls:
+        call(backend="auto")
+    assert len(calls) == 1  # who watches sees it
+    operator, args, _ = calls[0]
+    try:
+        for choice in ("torch", "triton"):
+            _choices.put(device, {_choices.kind_of(operator.name, args): choice})
+            for _ in range(3):
+                with kernels.recording() as ran:
+                    call(backend="auto")
+                assert ran == [("group_norm", choice)]
+    finally:
+        _choices.put(device, {})
+
+
+def test_a_kernel_that_broke_is_asked_no_more():
+    operator, call = warmed()
+    for _ in range(4):
+        call(backend="auto")
+    broken = {("group_norm", torch.device("cpu"), torch.float32): "why"}
+    with mock.patch.object(_launch, "_broken", broken), mock.patch.object(operator, "check", None):
+        with pytest.raises(TypeError):  # it is checked again
+            call(backend="auto")
