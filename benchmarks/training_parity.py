@@ -60,6 +60,7 @@ def main() -> None:
     if options.backend == "triton" and interpreter.active():
         interpreter.make_faithful()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # the losses of fp32, convolutions included
     eager = Settings(
         steps=options.steps, batch=options.batch, accelerate=False, save_every=options.steps
     )

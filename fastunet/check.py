@@ -1,8 +1,10 @@
 """Parity on the user's own model and inputs: each replaced site, and the whole model."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
     The truth is the model as it was before accelerate(), in fp64 on the same inputs; a site gets
     the inputs that it has inside the unaccelerated model. The model is run three times, in copies:
     it is neither changed nor trained; the fp64 copy needs two to four times the memory of the
-    weights. Gradients are not compared. On a CPU the kernels run, and are compared, only in
+    weights. Gradients are not compared. No product or convolution takes TF32 meanwhile, whatever
+    PyTorch is set to: the two ways may differ in layout, and cuDNN takes it for one and not for
+    another. On a CPU the kernels run, and are compared, only in
     Triton's interpreter: the column "ran" tells what did.
 
     Args:
@@ -73,7 +77,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
         fused, plain = ([root.get_submodule(name) for name in names] for root in (ours, eager))
         hook = _compare_site(site, fused, plain, rows)
         hooks.append(plain[0].register_forward_hook(hook, with_kwargs=True))
-    with torch.no_grad():
+    with torch.no_grad(), _without_tf32():
         eager_outputs = tensors_of(eager(*args, **kwargs))
         for hook in hooks:
             hook.remove()
@@ -84,6 +88,30 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
             row = compare(name, output, eager_outputs[index], truths[index])
             rows.append(replace(row, backend=ran))
     return Parity(rows)
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products and convolutions in fp32 are in fp32; PyTorch's switches are put back."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    conv = getattr(cudnn, "conv", None)
+    switches: list[tuple[Callable[[Any], None], Any, Any]] = []
+    for read, write, off in (
+        (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32"), False),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (lambda: conv.fp32_precision, partial(setattr, conv, "fp32_precision"), "ieee"),
+        (lambda: matmul.fp32_precision, partial(setattr, matmul, "fp32_precision"), "ieee"),
+    ):
+        # The newer two are of torch 2.9 and up; where they were set the older two raise.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            switches.append((write, off, read()))
+    try:
+        for write, off, _ in switches:  # in this order, twice: the older move the newer
+            write(off)
+        yield
+    finally:
+        for write, _, before in switches:
+            write(before)
 
 
 def _compare_site(

@@ -32,6 +32,9 @@ if INTERPRETING:
     interpreter.make_faithful()
 
 torch.set_num_threads(1)  # eager's sums, and so its errors, depend on the number of threads
+if HAS_GPU:
+    # On by default, and taken for one layout and not for another: no parity of fp32 convolutions.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,5 +1,6 @@
 """check: right models pass, planted faults fail at their site, and nothing is changed."""
 
+import contextlib
 import copy
 import json
 
@@ -54,6 +55,63 @@ def state(model):
         )
         for name, module in model.named_modules()
     }  # fmt: skip
+
+
+def newer():
+    """By the switches of torch 2.9 and up, after which the older ones raise."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("torch 2.9 and up")
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def older():
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("medium")
+
+
+def precisions():
+    switches = (
+        lambda: torch.backends.cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cudnn.conv.fp32_precision,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+    )
+    found = []
+    for switch in switches:
+        try:
+            found.append(switch())
+        except (AttributeError, RuntimeError):
+            found.append(None)
+    return found
+
+
+@pytest.fixture
+def put_back():
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    yield
+    torch.backends.cudnn.allow_tf32 = before[0]
+    torch.set_float32_matmul_precision(before[1])
+
+
+@pytest.mark.usefixtures("put_back")
+@pytest.mark.parametrize("allow", [older, newer])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_tf32_while_it_compares_and_as_before_after_it(unet, allow, fails):
+    allow()
+    before, seen = precisions(), []
+    assert "tf32" in before[2:]
+
+    def look(module, args):
+        seen.append(precisions())
+        if fails:
+            raise KeyError("a fault of the user")
+
+    unet.conv_in.register_forward_pre_hook(look)
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        fastunet.check(unet, *ARGS)
+    assert seen and all("tf32" not in each[2:] and each[0] is not True for each in seen)
+    assert precisions() == before
 
 
 @pytest.mark.parametrize("host_name", ["diffusers", "fastunet"])

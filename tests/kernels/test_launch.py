@@ -13,8 +13,6 @@ import op_calls
 from fastunet import kernels
 from fastunet.kernels import _launch, backend_of, recording, reference, use_backend
 
-QUERY = torch.randn(1, 4, 16)
-
 
 @pytest.fixture(params=op_calls.OPS)
 def op(request):
@@ -56,8 +54,10 @@ def backward(monkeypatch, op):
 
 
 @pytest.fixture
-def on_this_cpu(monkeypatch):
+def on_this_cpu(device, monkeypatch):
     """As without the interpreter."""
+    if device != "cpu":
+        pytest.skip("on a GPU kernels run without the interpreter")
     monkeypatch.setattr(_launch, "interpreted", lambda: False)
 
 
@@ -160,8 +160,8 @@ def test_fp64_runs_where_it_is_asked_for_by_name(op, made, launcher):
 
 
 @pytest.mark.parametrize("head_dim", [4, 12, 264])
-def test_a_head_dim_that_no_kernel_takes(head_dim):
-    query = torch.randn(1, 3, head_dim)
+def test_a_head_dim_that_no_kernel_takes(head_dim, device):
+    query = torch.randn(1, 3, head_dim, device=device)
     assert torch.equal(
         kernels.attention(query, query, query, 1), reference.attention(query, query, query, 1)
     )
@@ -169,13 +169,13 @@ def test_a_head_dim_that_no_kernel_takes(head_dim):
         kernels.attention(query, query, query, 1, backend="triton")
 
 
-def test_self_attention_and_a_long_context_go_to_the_vendors_kernel():
-    key = torch.randn(1, 129, 16)
+def test_self_attention_and_a_long_context_go_to_the_vendors_kernel(device):
+    query, key = (torch.randn(1, length, 16, device=device) for length in (4, 129))
     with recording() as ran:
-        kernels.attention(QUERY, key[:, :128], key[:, :128], 2)
-        for context in (key, QUERY):
-            kernels.attention(QUERY, context, context, 2)
-            kernels.attention(QUERY, context, context, 2, backend="triton")
+        kernels.attention(query, key[:, :128], key[:, :128], 2)
+        for context in (key, query):
+            kernels.attention(query, context, context, 2)
+            kernels.attention(query, context, context, 2, backend="triton")
     assert [backend for _, backend in ran] == ["triton", *["torch", "triton"] * 2]
 
 
@@ -381,7 +381,7 @@ def train(op, made, upstream, compiler):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("fails", ["forward", "backward"])
-def test_training_goes_on_with_the_reference(op, made, fails, compiler, launcher, backward):
+def test_training_goes_on_with_the_reference(op, made, fails, compiler, launcher, backward, device):
     """Forward: what the kernel would have saved does not exist, so the backward falls back too."""
     upstream = [torch.randn_like(result) for result in expected(op, made)]
     with use_backend("torch"):
@@ -391,7 +391,9 @@ def test_training_goes_on_with_the_reference(op, made, fails, compiler, launcher
     name = op if fails == "forward" else f"{op}_backward"
     with pytest.warns(RuntimeWarning, match=f"kernel of {name} does not compile here") as told:
         first = train(op, made, upstream, compiler)
-    assert len(told) == 1 and told[0].filename in (__file__, op_calls.__file__)
+    (ours,) = (each for each in told if "does not compile here" in str(each.message))
+    if fails == "forward" or device == "cpu":  # a GPU's gradients have a thread of autograd's own
+        assert ours.filename in (__file__, op_calls.__file__)
     second = train(op, made, upstream, compiler)  # another warning would be an error
     for found in (first, second):
         torch.testing.assert_close(found, (results, gradients))
@@ -401,13 +403,13 @@ def test_training_goes_on_with_the_reference(op, made, fails, compiler, launcher
     assert backward.calls == (0 if fails == "forward" else 1)
 
 
-def test_a_fallback_within_an_op_is_laid_out_as_the_kernel_lays_it_out(op, made, launcher):
+def test_a_fallback_within_an_op_is_laid_out_as_the_kernel_lays_it_out(op, made, launcher, device):
     """A compiled graph counts on the strides and dtypes of the kernel, under autocast too."""
     made = op_calls.leaves(op, made)
     values = op_calls.in_order(op, made)
     right = op_calls.operator(op).registered(*values, True)
     launcher.error = RuntimeError("Failed to find C compiler")
-    with pytest.warns(RuntimeWarning), torch.autocast("cpu", torch.bfloat16):
+    with pytest.warns(RuntimeWarning), torch.autocast(device, torch.bfloat16):
         found = op_calls.operator(op).registered(*values, True)
     right, found = ([r] if isinstance(r, torch.Tensor) else r for r in (right, found))
     for one, other in zip(right, found, strict=True):
@@ -474,9 +476,9 @@ def gn(x):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_torchscript_trace_holds_the_op():
-    traced = torch.jit.trace(gn, torch.randn(2, 4, 3, 3))
-    x = torch.randn(2, 4, 3, 3)
+def test_a_torchscript_trace_holds_the_op(device):
+    traced = torch.jit.trace(gn, torch.randn(2, 4, 3, 3, device=device))
+    x = torch.randn(2, 4, 3, 3, device=device)
     torch.testing.assert_close(traced(x), gn(x))
 
 
@@ -493,7 +495,9 @@ def test_a_subclass_of_tensor_runs_its_own_functions():
     assert "group_norm" in seen
 
 
-def test_bf16_waits_for_the_faithful_interpreter(monkeypatch):
+def test_bf16_waits_for_the_faithful_interpreter(monkeypatch, device):
+    if device != "cpu":
+        pytest.skip("of the interpreter alone")
     x = torch.randn(2, 4, 3, 3).bfloat16()
     monkeypatch.setattr(_launch, "_faithful", lambda: False)
     assert torch.equal(gn(x), kernels.group_norm(x, 2, backend="torch"))

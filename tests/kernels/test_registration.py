@@ -137,15 +137,16 @@ def test_a_compiled_call_runs_the_kernel_in_one_graph(op, backend):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_inductor_keeps_the_strides_that_the_fakes_promise():
+def test_inductor_keeps_the_strides_that_the_fakes_promise(device):
     """Between pointwise operations, which Inductor would lay out as it likes."""
 
     def block(x, weight, emb):
         y = kernels.add_time_embedding(x.transpose(2, 3) * 2, emb)
         return kernels.group_norm(y + 1, 2, weight, activation="silu").sum(1) * 2
 
-    x = torch.randn(2, 8, 3, 4).to(memory_format=torch.channels_last)
-    inputs = [x.requires_grad_(), *(torch.randn(*s, requires_grad=True) for s in ((8,), (2, 8)))]
+    x = torch.randn(2, 8, 3, 4, device=device).to(memory_format=torch.channels_last)
+    others = (torch.randn(*s, device=device, requires_grad=True) for s in ((8,), (2, 8)))
+    inputs = [x.requires_grad_(), *others]
     found = []
     for function in (block, torch.compile(block, fullgraph=True)):
         with recording() as ran:
@@ -449,9 +450,9 @@ MODULES = {
 
 
 @pytest.fixture(params=MODULES)
-def module_and_inputs(request):
+def module_and_inputs(request, device):
     make, shapes = MODULES[request.param]
-    return make(), [torch.randn(*shape) for shape in shapes]
+    return make().to(device), [torch.randn(*shape, device=device) for shape in shapes]
 
 
 def test_a_module_is_called_copied_and_pickled_as_any(module_and_inputs):
@@ -499,14 +500,15 @@ def test_autocast_gives_the_same_dtype_compiled(module_and_inputs):
     assert_same([found.detach()], [expected.detach()])
 
 
-def test_an_accelerated_unet_compiles_into_one_graph():
+def test_an_accelerated_unet_compiles_into_one_graph(device):
     pytest.importorskip("diffusers")
     import fastunet
     import small_unets
 
-    model = small_unets.small("diffusers")
+    model = small_unets.small("diffusers").to(device)
     fastunet.accelerate(model)
     args, kwargs = small_unets.make_inputs("diffusers", batch=1)
+    args = [value.to(device) for value in args]
 
     def run(*args, **kwargs):
         return small_unets.run(model, *args, **kwargs)

@@ -60,8 +60,9 @@ def test_parity_with_the_layer_it_replaces(layer, dtype, device):
         assert_parity(fused, lambda *args: of_dtype(layer, *args), *args)
 
 
-def test_it_trains(layer):
-    assert_trains(FlashCrossAttention.from_layer(layer), layer, *tokens(layer))
+def test_it_trains(layer, device):
+    layer = layer.to(device)
+    assert_trains(FlashCrossAttention.from_layer(layer), layer, *tokens(layer, device=device))
 
 
 def test_its_own_layer_is_diffusers():

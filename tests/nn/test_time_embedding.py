@@ -50,11 +50,11 @@ class Plain(nn.Linear):
         return x + super().forward(F.silu(emb))[:, :, None, None]
 
 
-def test_it_trains(linear):
+def test_it_trains(linear, device):
     plain = Plain(linear.in_features, linear.out_features)
     plain.load_state_dict(linear.state_dict())
-    x, emb = torch.randn(2, 64, 3, 3), torch.randn(2, 128)
-    assert_trains(AddTimeEmbedding.from_layer(linear), plain, x, emb)
+    x, emb = torch.randn(2, 64, 3, 3, device=device), torch.randn(2, 128, device=device)
+    assert_trains(AddTimeEmbedding.from_layer(plain), plain.to(device), x, emb)
 
 
 def test_without_bias():

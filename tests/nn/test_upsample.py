@@ -211,8 +211,9 @@ def test_a_compiled_model_keeps_what_its_host_calls(on_a_cpu):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("channels, side", [(640, 32), (1280, 32), (640, 64), (512, 64)])
-def test_natively(dtype, channels, side):
+def test_natively(dtype, channels, side, monkeypatch):
     """At the sizes of SD 1.5, SDXL and their autoencoder: the rule, and the same bits again."""
+    monkeypatch.setattr(upsample, "DEVICES", {"cuda"})
     conv = make(channels, channels, dtype).cuda().to(memory_format=LAST)
     x = image(2, channels, side, side, dtype=dtype).cuda()
     assert pays(conv, x)
