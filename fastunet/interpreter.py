@@ -28,6 +28,8 @@ import os
 
 import numpy as np
 
+from fastunet import _interpreter_speed
+
 _TRUE = ("1", "true", "yes", "on", "y")
 
 # What is replaced or read, and the parameters it must have. With a Triton that changed one of these
@@ -50,7 +52,7 @@ _SEAMS = {
     "_LangPatchScope": "",
     "_get_np_dtype": "tt_dtype",
     "TensorHandle": "data dtype attr",
-}
+} | _interpreter_speed.SEAMS
 
 
 class UnsupportedTriton(RuntimeError):
@@ -80,7 +82,7 @@ def make_faithful() -> None:
     _repair_scalars(interpreter)
     _silence_numpy(interpreter)
     _skip_unread_sums(interpreter)
-    _patch_once(interpreter)
+    _interpreter_speed.keep(interpreter)
     interpreter.__dict__["faithful"] = True  # what fastunet.kernels asks for before it takes bf16
 
 
@@ -292,27 +294,3 @@ def _skip_unread_sums(interpreter):
     """Each sum of integers is formed again in 64 bits, and looked at in debug mode alone."""
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
-
-
-def _patch_once(interpreter):
-    """Patch ``triton.language`` once a launch, not at each call of a helper: saves a third."""
-    patched: list[set[frozenset[str]]] = []  # a set a launch: which modules its functions see
-
-    @_replace(interpreter.GridExecutor, "__call__")
-    def __call__(original, self, *args, **kwargs):
-        patched.append(set())
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            patched.pop()
-
-    @_replace(interpreter, "_patch_lang")
-    def _patch_lang(original, fn):
-        languages = (interpreter.tl, interpreter.tl.core)
-        used = list(fn.__globals__.values())
-        seen = frozenset(m.__name__ for m in languages if any(value is m for value in used))
-        if patched and seen in patched[-1]:
-            return interpreter._LangPatchScope()
-        if patched:
-            patched[-1].add(seen)
-        return original(fn)

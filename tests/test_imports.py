@@ -40,7 +40,7 @@ OTHERS = {
 LIBRARY = HOSTS | PASSES | OTHERS
 COMPILED = LIBRARY | {"offline", "dry_run"}
 SAMPLING = {"generate", "pipelines"}
-OWN = {"check_ops", "demo", "interpreter", "training", "warmup"}
+OWN = {"_interpreter_speed", "check_ops", "demo", "interpreter", "training", "warmup"}
 COMMANDS = COMPILED | SAMPLING | OWN | {"fastunet"}
 ARROWS: dict[str, set[str]] = {
     "kernels": TENSORS,
@@ -56,7 +56,8 @@ ARROWS: dict[str, set[str]] = {
     "distributed": set(),
     "text_to_image": {"models", "diffusion", "checkpoints"},
     **dict.fromkeys(PASSES, LIBRARY),
-    "interpreter": TENSORS,
+    "_interpreter_speed": set(),
+    "interpreter": TENSORS | {"_interpreter_speed"},
     "offline": TENSORS,
     "dry_run": COMPILED,
     "warmup": COMPILED,

@@ -274,6 +274,66 @@ def test_make_faithful_twice_changes_nothing():
     assert InterpreterBuilder.binary_op is before
 
 
+@triton.jit
+def broadcast_kernel(x, y, out, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLS)
+    a = tl.load(x + row)[:, None] * tl.load(y + column)[None, :]
+    tl.store(out + row[:, None] * COLS + column[None, :], 2.0 + a / tl.load(y))
+
+
+def test_columns_rows_and_scalars_meet():
+    x, y, out = torch.randn(8), torch.randn(4), torch.empty(8, 4)
+    broadcast_kernel[(1,)](x, y, out, 8, 4)
+    torch.testing.assert_close(out, 2 + x[:, None] * y / y[0])
+
+
+@triton.jit
+def clash_kernel(x, SIZE: tl.constexpr, OTHER: tl.constexpr):
+    tl.store(x + tl.arange(0, SIZE), tl.arange(0, SIZE)[:, None] + tl.arange(0, OTHER)[None, :])
+
+
+@triton.jit
+def longer_kernel(x, SIZE: tl.constexpr, OTHER: tl.constexpr):
+    tl.store(x, tl.arange(0, SIZE) + tl.arange(0, OTHER))
+
+
+@pytest.mark.parametrize(
+    "kernel, sizes, message",
+    [
+        (longer_kernel, (8, 4), "incompatible dimensions"),
+        (longer_kernel, (6, 6), "power of 2"),
+        (clash_kernel, (8, 4), "[Cc]annot"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_each_time(kernel, sizes, message):
+    """Triton's own errors: what is kept of types must not let a second call pass."""
+    for _ in range(2):
+        with pytest.raises(triton.runtime.errors.InterpreterError, match=message):
+            kernel[(1,)](torch.empty(8, dtype=torch.int32), *sizes)
+
+
+def test_types_that_are_kept_are_told_apart():
+    pointers = [tl.pointer_type(tl.float32, space) for space in (1, 3)]
+    blocks = [tl.block_type(pointer, [8]) for pointer in pointers]
+    assert blocks[0] != blocks[1] and blocks[1].element_ty is pointers[1]
+    assert tl.block_type(tl.float32, [8]) != tl.block_type(tl.float16, [8])
+    assert tl.block_type(tl.float32, [8, 2]).numel == 16
+    tensors = [tl.tensor(None, tl.block_type(tl.float32, shape)) for shape in ([8, 2], [2, 8])]
+    assert [[size.value for size in tensor.shape] for tensor in tensors] == [[8, 2], [2, 8]]
+
+
+@triton.jit
+def plain_kernel(out):
+    tl.store(out, tl.sum(tl.arange(0, 8), 0))
+
+
+def test_triton_language_is_as_before_a_launch():
+    before = dict(vars(tl)), dict(vars(tl.tensor)), dict(vars(tl.math))
+    for _ in range(3):
+        plain_kernel[(1,)](torch.empty(1, dtype=torch.int32))
+    assert (dict(vars(tl)), dict(vars(tl.tensor)), dict(vars(tl.math))) == before
+
+
 @pytest.mark.parametrize("change", ["remove", "reshape"])
 def test_unknown_interpreter_is_refused_by_name(monkeypatch, change):
     from triton.runtime import interpreter as triton_interpreter
