@@ -14,6 +14,7 @@ OPS = list(SHAPES["sd15"])
 KINDS = ("outputs", "gradients")
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shares are those of the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPS)

@@ -12,6 +12,8 @@ import pytest
 import mutant_cases
 from planting import KERNELS, planted
 
+pytestmark = pytest.mark.proof
+
 # file: {what is wrong: [(text, what stands there instead), ...]}; each text stands in the file.
 MUTANTS = {
     "_group_norm_tile": {
