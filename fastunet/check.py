@@ -94,7 +94,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Parity:
 def _without_tf32() -> Iterator[None]:
     """Products and convolutions in fp32 are in fp32; PyTorch's switches are put back."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    conv = getattr(cudnn, "conv", None)
+    conv: Any = getattr(cudnn, "conv", None)
     switches: list[tuple[Callable[[Any], None], Any, Any]] = []
     for read, write, off in (
         (lambda: cudnn.allow_tf32, partial(setattr, cudnn, "allow_tf32"), False),

@@ -30,6 +30,19 @@ def _normal_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
+@triton.jit
+def _normal_pdf(x):
+    """Its power of e is taken apart, 2^k * e^rest: tl.exp alone would round exponent / ln 2, which
+    far from zero costs digits.
+    """
+    exponent = -0.5 * x * x
+    exponent = tl.where(exponent < -800.0, -800.0, exponent)  # nothing is left; a NaN stays
+    k = tl.floor(exponent * 1.4426950408889634 + 0.5)
+    # ln 2 in two parts, the first of so few bits that its product is exact.
+    rest = exponent - k * 0.693359375 + k * 0.00021219444005469057
+    return 0.3989422804014327 * tl.exp(rest) * tl.exp2(k)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _geglu_kernel(
     y_ptr,  # [rows, D] contiguous
@@ -68,7 +81,7 @@ def _geglu_backward_kernel(
     gate = tl.load(x_at + D, mask=mask, other=0.0).to(ACC)
     d_y = tl.load(d_y_ptr + row * stride_yr + column, mask=mask, other=0.0).to(ACC)
     cdf = _normal_cdf(gate)
-    pdf = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    pdf = _normal_pdf(gate)
     d_hidden = d_y * (gate * cdf)
     d_gate = d_y * hidden * (cdf + gate * pdf)
     d_x_at = d_x_ptr + row * (2 * D) + column

@@ -114,7 +114,9 @@ def _add_layer_norm_backward_kernel(
         if d_x_ptr is not None:
             g = d_normed
             if weight_ptr is not None:
-                g *= tl.load(weight_ptr + d, mask=d < D, other=0.0).to(ACC)[None, :]
+                weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(ACC)[None, :]
+                # A product that is chosen is rounded: in an fma, g - mean(g) of one feature is not 0.
+                g = tl.where(mask, g * weight, 0.0)
             mean_g = (tl.sum(g, 1) / D)[:, None]
             mean_gz = (tl.sum(g * z, 1) / D)[:, None]
             d_x = rstd * (g - mean_g - z * mean_gz)
