@@ -23,7 +23,7 @@ from fastunet import _merged
 from fastunet.accelerate import accelerate
 from fastunet.kernels import use_backend
 from fastunet.models import UNet, UNetConfig
-from fastunet.nn import resnet
+from fastunet.nn import convolution
 from fastunet.offline import replaced
 
 TEXT_TOKENS = 77
@@ -63,7 +63,7 @@ class _Unwritten(TorchFunctionMode):
 def as_on_a_gpu() -> Iterator[None]:
     """Within the block heavy functions write nothing, and what is merged on a GPU is."""
     cpu = {"cpu"}
-    with replaced(_merged, DEVICES=cpu), replaced(resnet, DEVICES=cpu), _Unwritten():
+    with replaced(_merged, DEVICES=cpu), replaced(convolution, DEVICES=cpu), _Unwritten():
         yield
 
 
@@ -74,9 +74,9 @@ def unet(
     with torch.device("meta"):
         made = UNet(config).to(dtype)
     made = made.to_empty(device="cpu").requires_grad_(False).eval()
-    for convolution in made.modules() if channels_last else ():
-        if isinstance(convolution, torch.nn.Conv2d):
-            weight = convolution.weight
+    for conv in made.modules() if channels_last else ():
+        if isinstance(conv, torch.nn.Conv2d):
+            weight = conv.weight
             weight.data = torch.empty_like(weight, memory_format=torch.channels_last)
     with as_on_a_gpu():
         accelerate(made)
