@@ -7,6 +7,7 @@ Values come from a generator that the call seeds, so that a call is small to pri
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -168,6 +169,15 @@ def _power_of_two(draw: Draw, least: int, most: int) -> int:
     return 2 ** draw(st.integers(least.bit_length() - 1, most.bit_length() - 1))
 
 
+def _block(draw: Draw, size: int, least: int, most: int) -> int:
+    """A power of two that takes at most four times, or ``most``, to cover ``size``.
+
+    The interpreter's time goes by programs, and a fifth one borders on no edge that four do not.
+    """
+    quarter = triton.next_power_of_2(triton.cdiv(size, 4))
+    return _power_of_two(draw, min(max(least, quarter), most), most)
+
+
 def _common(draw: Draw, op: str, arguments: dict[str, Any], gradients: list[str]) -> dict[str, Any]:
     """What every call has; tensors that are None have no gradient."""
     possible = [name for name in gradients if arguments.get(name) is not None]
@@ -271,9 +281,8 @@ def _add_time_embedding(draw: Draw) -> Call:
         "x": Random((samples, channels, *side), dtype, _layout(draw)),
         "emb": Random((samples, channels), emb, _layout(draw)),
     }
-    patches = {
-        "time_embedding.launch_table": (_power_of_two(draw, 8, 32), _power_of_two(draw, 16, 128))
-    }
+    blocks = _block(draw, channels, 8, 32), _block(draw, side[0] * side[1], 16, 128)
+    patches = {"time_embedding.launch_table": blocks}
     common = _common(draw, "add_time_embedding", arguments, ["x", "emb"])
     return Call(**common, patches=patches)
 
@@ -285,8 +294,10 @@ def _rows(draw: Draw, features: int, dtype: torch.dtype, mean: float = 0.0) -> R
 
 def _geglu(draw: Draw) -> Call:
     dtype, features = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 100))
-    arguments = {"x": _rows(draw, 2 * features, dtype)}
-    patches = {"geglu.launch_table": (_power_of_two(draw, 1, 16), _power_of_two(draw, 16, 64))}
+    x = _rows(draw, 2 * features, dtype)
+    arguments = {"x": x}
+    blocks = _block(draw, math.prod(x.shape[:-1]), 1, 16), _block(draw, features, 16, 64)
+    patches = {"geglu.launch_table": blocks}
     return Call(**_common(draw, "geglu", arguments, ["x"]), patches=patches)
 
 
@@ -302,7 +313,8 @@ def _add_layer_norm(draw: Draw) -> Call:
         "eps": draw(st.sampled_from([1e-5, 1e-2])),
     }
     width = triton.next_power_of_2(features)
-    patches = {"layer_norm.launch_table": (_power_of_two(draw, 1, 8), width, 4)}
+    rows = _block(draw, math.prod(x.shape[:-1]), 1, 8)
+    patches = {"layer_norm.launch_table": (rows, width, 4)}
     names = ["x", "residual", "weight", "bias"]
     return Call(**_common(draw, "add_layer_norm", arguments, names), patches=patches)
 
