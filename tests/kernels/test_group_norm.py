@@ -515,12 +515,12 @@ def many_processors(monkeypatch):
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity_in_slices(dtype, layout, device):
-    x = torch.randn(1, 80, 33, 35, device=device) + torch.linspace(100, 109, 35, device=device)
+    x = torch.randn(1, 40, 33, 35, device=device) + torch.linspace(100, 109, 35, device=device)
     x = LAYOUTS[layout](x.to(dtype))
-    weight, bias, shift = torch.randn(3, 80, device=device).to(dtype)
+    weight, bias, shift = torch.randn(3, 40, device=device).to(dtype)
     parts = dict(shift=shift[None], activation="silu")
-    assert_gradients(triton_group_norm, eager, x, 4, weight, bias, **parts)
-    assert triton_group_norm(x, 4).stride() == x.stride()
+    assert_gradients(triton_group_norm, eager, x, 2, weight, bias, **parts)
+    assert triton_group_norm(x, 2).stride() == x.stride()
 
 
 @pytest.mark.usefixtures("many_processors")
@@ -536,9 +536,8 @@ def test_every_part_in_slices(layout, tokens, device):
 @pytest.mark.usefixtures("many_processors")
 def test_slices_give_the_same_bits_on_every_run(device):
     x, shift = torch.randn(1, 32, 64, 64, device=device).half(), torch.randn(1, 32, device=device)
-    runs = [result_and_gradients((x, 2), dict(shift=shift)) for _ in range(3)]
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    runs = [result_and_gradients((x, 2), dict(shift=shift)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.usefixtures("many_processors")
