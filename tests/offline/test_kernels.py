@@ -1,6 +1,7 @@
 """Kernels, launched by their host code at the sizes of the real models, keep the rules of gate.py.
 
-A few sizes of every op for every target, more for those that must not spill; `make targets` is all.
+A few sizes of every op for every target; `make prove` takes more for those that must not spill, and
+`make targets` is all.
 """
 
 import pytest
@@ -62,6 +63,7 @@ def test_kernels_keep_the_rules(target):
     assert broken(target, SOME) == []
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("target", STRICT)
 @pytest.mark.parametrize("call", MORE, ids=str)
 def test_more_of_the_targets_that_must_not_spill(target, call):

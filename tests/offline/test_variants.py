@@ -6,6 +6,8 @@ import model_forward
 import offline
 from fastunet import dry_run
 
+pytestmark = pytest.mark.proof  # three U-Nets compiled
+
 # (batch, height, width) of the latent image: an eighth of 512, 768 and 1024 pixels, and others that
 # NHWC reads as widely. SD 1.5 halves a side three times, SDXL twice.
 SWEEP = [(1, 64, 64), (2, 96, 96), (8, 128, 128), (4, 96, 128)]
