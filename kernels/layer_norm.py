@@ -115,7 +115,7 @@ def _add_layer_norm_backward_kernel(
             g = d_normed
             if weight_ptr is not None:
                 weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(ACC)[None, :]
-                # A product that is chosen is rounded: in an fma, g - mean(g) of one feature is not 0.
+                # Chosen, a product is rounded: as an fma, g - mean(g) of one feature is not 0.
                 g = tl.where(mask, g * weight, 0.0)
             mean_g = (tl.sum(g, 1) / D)[:, None]
             mean_gz = (tl.sum(g * z, 1) / D)[:, None]
