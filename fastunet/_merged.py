@@ -53,8 +53,16 @@ def unpack(layers: Sequence[object]) -> None:
 
 def linear(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
     """``[layer(x) for layer in layers]``; of packed layers, in inference, by one product."""
-    if not (_is_eager_inference(x) and _plain(layers) and _in_a_row(layers)):
-        return [layer(x) for layer in layers]
+    return together(layers, x) if merges(layers, x) else [layer(x) for layer in layers]
+
+
+def merges(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether one product over x stands for those of all layers."""
+    return _is_eager_inference(x) and _plain(layers) and _in_a_row(layers)
+
+
+def together(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
+    """``[layer(x) for layer in layers]`` by one product; for layers that :func:`merges`."""
     weights, biases = _parameters(layers)
     bias = None if biases[0] is None else _whole(biases)
     return torch.split_with_sizes(F.linear(x, _whole(weights), bias), _rows(weights), dim=-1)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastunet import _merged, _tables, graph, hosts
+from fastunet import _merged, _tables, _time_projection, graph, hosts
 from fastunet._constants import Pipeline
 from fastunet._plain import is_wrapped
 from fastunet.hosts import Left, Swap
@@ -34,13 +34,14 @@ class _Plan:
     def __init__(self, swap: Swap) -> None:
         self.original, self.replacement = type(swap.module), swap.replacement
         self._owner = swap.owner and weakref.ref(swap.owner)
+        self.projections: _time_projection.Projections | None = None
 
     @property
     def owner(self) -> nn.Module | None:
         return self._owner and self._owner()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": self.owner}
+        return {**self.__dict__, "_owner": self.owner, "projections": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -112,6 +113,7 @@ def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) ->
     marked = _marked(model)
     for module in marked:
         _merged.pack(_merged.projections(module))
+    _time_projection.lay_together(marked)
     if not isinstance(model, nn.Module) and seen_class(model) is type(model):
         model.__class__ = subclass(Pipeline, type(model))
     if cuda_graph:
@@ -145,6 +147,7 @@ def restore(model: Any) -> None:
         model.__class__ = seen_class(model)
     for _, module in _named_modules(model):
         graph.detach(module)
+    _time_projection.lay_apart(marked)
     for module in marked:
         _merged.unpack(_merged.projections(module))
         module.__dict__.pop("forward", None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastunet import kernels
 from fastunet._plain import is_plain
+from fastunet._time_projection import project
 from fastunet.hosts import Left, Swap, join
 from fastunet.hosts._sites import added_norms
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
@@ -37,7 +38,7 @@ class FusedResBlock:
         if getattr(self, "updown", False):  # improved-diffusion has none
             h, x = self.h_upd(h), self.x_upd(x)
         h, bias = convolve(conv, h)
-        shift, scale_shift = self.emb_layers(emb).type(h.dtype), None  # [N, C], or [N, 2 C]
+        shift, scale_shift = _time_shift(self, emb).type(h.dtype), None  # [N, C], or [N, 2 C]
         if self.use_scale_shift_norm:
             shift, scale_shift = None, shift.expand(len(h), -1)
         shift = shift_by(h, shift, bias)
@@ -46,6 +47,13 @@ class FusedResBlock:
         for layer in rest:
             h = layer(h)
         return pointwise(self.skip_connection, x) + h
+
+
+def _time_shift(block: Any, emb: Tensor) -> Tensor:
+    layers = block.emb_layers
+    if is_plain(layers, nn.Sequential) and len(layers) == 2:
+        return project(block, layers[1], layers[0], emb)
+    return layers(emb)
 
 
 def unlike_res_block(block: Any) -> tuple[str, str] | None:

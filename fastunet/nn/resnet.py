@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastunet._plain import is_plain
+from fastunet._time_projection import project
 from fastunet.nn.convolution import convolve, pointwise, shift_by
 from fastunet.nn.group_norm import normalize
 
@@ -95,9 +96,8 @@ def residual(block: Any, x: Tensor, emb: Tensor | None) -> Tensor:
     if block.time_emb_proj is not None:
         if emb is None:
             raise ValueError("emb must be given to a block with time_emb_proj, got None")
-        if not getattr(block, "skip_time_act", False):
-            emb = block.nonlinearity(emb)
-        shift = block.time_emb_proj(emb)  # [N, C], or [1, C] for the batch
+        acts = None if getattr(block, "skip_time_act", False) else block.nonlinearity
+        shift = project(block, block.time_emb_proj, acts, emb)  # [N, C], or [1, C] for the batch
         if getattr(block, "time_embedding_norm", "default") == "scale_shift":
             shift, scale_shift = None, shift.expand(len(h), -1)
     shift = shift_by(h, shift, bias)
