@@ -229,11 +229,11 @@ table decides on 132 processors), one for any other op. **Hidden** are kernels t
 beside its own: the addition of a convolution's bias, and copies to the layout that a convolution or
 a norm asks for. The number of kernels is held against profiles below.
 
-The projections of the time embedding stay ([architecture.md](architecture.md) says why); those of
-the text are gone in `sampling()`. In NCHW less is saved than in channels_last: diffusers'
-transformers give NCHW anyway, so the copies into it stay; in SD 1.5 the tokens of an image are made
-dense once, of which eager's norm makes a copy and its addition reads none; and what cuDNN does to
-compute in NCHW, which is hidden, stays.
+The projections of the time embedding are one product a step ([architecture.md](architecture.md)
+says why not one a schedule); those of the text are gone in `sampling()`. In NCHW less is saved than
+in channels_last: diffusers' transformers give NCHW anyway, so the copies into it stay; in SD 1.5
+the tokens of an image are made dense once, of which eager's norm makes a copy and its addition
+reads none; and what cuDNN does to compute in NCHW, which is hidden, stays.
 """
 
 PREDICTION = """
