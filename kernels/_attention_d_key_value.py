@@ -12,6 +12,7 @@ from fastunet.kernels._attention_tile import (
     Tile,
     _add_product,
     _exp,
+    _off_base,
     _products,
     _scores,
     _store_tiles,
@@ -86,7 +87,10 @@ def _d_key_value_kernel(
         inverse = tl.load(statistics_ptr + M + m, mask=m < M, other=0.0)
         products = _products(key1, key2, query1, query2, D2, PRECISION)
         scores = _scores(products, score_scale, n, N, m, M, mask_ptr, stride_mn, stride_mm, MASK)
-        p = _exp(scores - base[None, :], MASK) * inverse[None, :]
+        scores = _off_base(
+            scores, products, score_scale, base[None, :], query1.dtype, MASK, PRECISION
+        )  # fmt: skip
+        p = _exp(scores, MASK) * inverse[None, :]
         if d_value_ptr is not None:
             d_value1, d_value2 = _add_product(
                 d_value1, d_value2, p.to(query1.dtype), grad1, grad2, D2, PRECISION

@@ -15,6 +15,7 @@ from fastunet.kernels._attention_tile import (
     _add_dot,
     _add_product,
     _exp,
+    _off_base,
     _products,
     _row_scores,
     _softmax,
@@ -76,7 +77,7 @@ def _one_tile_d_query_kernel(
     grad = _tile(grad_ptr, m, M, stride_gm, 0, HEAD_DIM, D)
     n1 = tl.arange(0, N1)
     key = _tile(key_ptr, n1, N, stride_kn, 0, HEAD_DIM, D)
-    scores1 = _row_scores(
+    scores1, _ = _row_scores(
         query, query, key, key, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
         0, MASK, PRECISION,
     )  # fmt: skip
@@ -84,7 +85,7 @@ def _one_tile_d_query_kernel(
     if N2 > 0:
         n2 = N1 + tl.arange(0, N2)
         key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D)
-        scores2 = _row_scores(
+        scores2, _ = _row_scores(
             query, query, key, key, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
             0, MASK, PRECISION,
         )  # fmt: skip
@@ -126,11 +127,14 @@ def _p_dp(
     """p and dp [BLOCK_M, n], and the keys."""
     key1, key2 = _tiles(key_ptr, n, N, stride_kn, HEAD_DIM, D1, D2)
     value1, value2 = _tiles(value_ptr, n, N, stride_vn, HEAD_DIM, D1, D2)
-    scores = _row_scores(
+    scores, products = _row_scores(
         query1, query2, key1, key2, score_scale, m, M, n, N, mask_ptr, stride_mm, stride_mn,
         D2, MASK, PRECISION,
     )  # fmt: skip
-    p = _exp(scores - base[:, None], MASK) * inverse[:, None]
+    scores = _off_base(
+        scores, products, score_scale, base[:, None], query1.dtype, MASK, PRECISION
+    )  # fmt: skip
+    p = _exp(scores, MASK) * inverse[:, None]
     return p, _products(grad1, grad2, value1, value2, D2, PRECISION), key1, key2
 
 

@@ -137,6 +137,21 @@ def _exp(score, MASK: tl.constexpr):
 
 
 @triton.jit
+def _off_base(
+    scores, products, scale, base, DTYPE: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """scores - base. In fp32 a product is scaled once more, in an fma: of large scores its rounding
+    would be no small part of what they differ by.
+    """
+    if DTYPE == tl.float32 and PRECISION == "ieee" and MASK != "additive":
+        difference = tl.fma(products, scale, -base)
+        difference = tl.where(scores == float("-inf"), float("-inf"), difference)
+    else:
+        difference = scores - base
+    return difference
+
+
+@triton.jit
 def _total(total):
     """The sum of a row's weights, or 1 where it is 0: such a row gives 0."""
     return tl.where(total == 0.0, 1.0, total)
@@ -162,10 +177,10 @@ def _row_scores(
     query1, query2, key1, key2, scale, m, M, n, N, mask_ptr, stride_mm, stride_mn,
     D2: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, n], -inf past the last key."""
+    """Scores [BLOCK_M, n], -inf past the last key, and the products that were scaled."""
     products = _products(query1, query2, key1, key2, D2, PRECISION)
     scores = _scores(products, scale, m, M, n, N, mask_ptr, stride_mm, stride_mn, MASK)
-    return tl.where((n < N)[None, :], scores, float("-inf"))
+    return tl.where((n < N)[None, :], scores, float("-inf")), products
 
 
 class Tile(NamedTuple):
@@ -182,6 +197,14 @@ def split(size: int) -> tuple[int, int]:
         return first, 0
     second = max(_launch.next_power_of_2(size - first), 16)
     return (2 * first, 0) if second == first else (first, second)
+
+
+def split_head(query: Tensor, heads: int) -> tuple[int, int]:
+    """The same of a head dim, in fp32 the smaller part first: sums of products one by one are
+    more exact where the parts are alike (40 = 16 + 24, not 32 + 8).
+    """
+    first, second = split(query.shape[2] // heads)
+    return (second, first) if second and query.element_size() == 4 else (first, second)
 
 
 def padded(head_dim: int) -> int:

@@ -27,6 +27,7 @@ from fastunet.kernels._attention_tile import (
     Tile,
     _add_dot,
     _exp,
+    _off_base,
     _row_scores,
     _softmax,
     _store_tile,
@@ -40,6 +41,7 @@ from fastunet.kernels._attention_tile import (
     padded,
     score_scale,
     split,
+    split_head,
     streams,
 )
 from fastunet.kernels._operator import Operator
@@ -93,7 +95,7 @@ def _one_tile_kernel(
     query = _tile(query_ptr, m, M, stride_qm, 0, HEAD_DIM, D)
     n1 = tl.arange(0, N1)
     key = _tile(key_ptr, n1, N, stride_kn, 0, HEAD_DIM, D)
-    scores1 = _row_scores(
+    scores1, _ = _row_scores(
         query, query, key, key, score_scale, m, M, n1, N, mask_ptr, stride_mm, stride_mn,
         0, MASK, PRECISION,
     )  # fmt: skip
@@ -101,7 +103,7 @@ def _one_tile_kernel(
     if N2 > 0:
         n2 = N1 + tl.arange(0, N2)
         key = _tile(key_ptr, n2, N, stride_kn, 0, HEAD_DIM, D)
-        scores2 = _row_scores(
+        scores2, _ = _row_scores(
             query, query, key, key, score_scale, m, M, n2, N, mask_ptr, stride_mm, stride_mn,
             0, MASK, PRECISION,
         )  # fmt: skip
@@ -168,12 +170,15 @@ def _streaming_kernel(
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         key1, key2 = _tiles(key_ptr, n, N, stride_kn, HEAD_DIM, D1, D2)
-        scores = _row_scores(
+        scores, products = _row_scores(
             query1, query2, key1, key2, score_scale, m, M, n, N, mask_ptr, stride_mm, stride_mn,
             D2, MASK, PRECISION,
         )  # fmt: skip
         risen = tl.maximum(base, tl.max(scores, 1))
-        p = _exp(scores - risen[:, None], MASK)
+        scores = _off_base(
+            scores, products, score_scale, risen[:, None], query1.dtype, MASK, PRECISION
+        )  # fmt: skip
+        p = _exp(scores, MASK)
         shrink = _exp(base - risen, MASK)
         base = risen
         total = total * shrink + tl.sum(p, 1)
@@ -231,7 +236,7 @@ def _forward(
         kernel, outputs = _one_tile_kernel, (out,)
         sizes = {"D": padded(head_dim), "N1": n1, "N2": n2}
     else:
-        d1, d2 = split(head_dim)
+        d1, d2 = split_head(query, heads)
         kernel, outputs = _streaming_kernel, (out, statistics if save else None)
         sizes = {"D1": d1, "D2": d2, "BLOCK_N": tile.keys, "ACC": _launch.accumulator(query)}
     launch(

@@ -18,6 +18,7 @@ from fastunet.kernels._attention_tile import (
     padded,
     score_scale,
     split,
+    split_head,
 )
 from fastunet.kernels._plan import launch
 
@@ -46,7 +47,7 @@ def backward(
         grad, query, key, value, mask, *score_scale(head_dim, scale, mask), queries, keys,
         *(step for pair in strides for step in pair), *mask_strides,
     )  # fmt: skip
-    d1, d2 = split(head_dim)
+    d1, d2 = split_head(query, heads)
     options = {
         "HEADS": heads, "HEAD_DIM": head_dim, "MASK": mask_kind,
         "PRECISION": _launch.fp32_precision(query),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fastunet import kernels
 from fastunet.kernels import reference
-from fastunet.kernels.attention import launch_table, split
+from fastunet.kernels.attention import launch_table, split, split_head
 from fastunet.testing import (
     DTYPES,
     SHAPES,
@@ -305,6 +305,13 @@ def test_sizes_split_into_powers_of_two_with_few_lanes_idle():
         assert first + second - size < max(16, size / 2)
     wanted = {40: (32, 16), 64: (64, 0), 77: (64, 16), 80: (64, 16), 160: (128, 32)}
     assert {size: split(size) for size in wanted} == wanted
+
+
+def test_heads_in_fp32_begin_with_their_smaller_part():
+    for head_dim, wanted in {40: (16, 32), 64: (64, 0), 80: (16, 64), 160: (32, 128)}.items():
+        query = torch.empty(1, 1, 2 * head_dim)
+        assert split_head(query, 2) == wanted
+        assert split_head(query.half(), 2) == split(head_dim)
 
 
 def test_launch_table_takes_the_text_in_one_tile():
