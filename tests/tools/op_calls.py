@@ -81,10 +81,8 @@ def variants() -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
 
     for op in OPS:
         yield op, "fp32", varied(op)
-        yield op, "bf16", varied(op, bf16)
-        yield op, "sliced", varied(op, **{"query" if op == "attention" else "x": sliced(
-            "query" if op == "attention" else "x"
-        )})  # fmt: skip
+        name = "query" if op == "attention" else "x"
+        yield op, "sliced bf16", varied(op, bf16, **{name: sliced(name)})
     yield "add_time_embedding", "nhwc bf16", varied("add_time_embedding", bf16, x=nhwc)
     yield (
         "add_time_embedding",

@@ -80,9 +80,9 @@ def main(data: Path, out: Path) -> None:
     with distributed.together():
         check_gradients(model, draws)
         for parallel in ("ddp", "fsdp"):
-            settings = Settings(steps=4, batch=8, save_every=2, parallel=parallel)
-            for cut in (replace(settings, steps=2), settings):  # the second from a checkpoint
-                train(out / parallel, images, model, cut, resume=cut.steps == 4, say=str)
+            settings = Settings(steps=2, batch=8, save_every=1, parallel=parallel)
+            for cut in (replace(settings, steps=1), settings):  # the second from a checkpoint
+                train(out / parallel, images, model, cut, resume=cut.steps == 2, say=str)
         for index, prompt in share([f"prompt {number}" for number in range(5)]):
             with open(out / f"{index}.txt", "x") as file:  # an error if it is there
                 file.write(f"{prompt} of {rank()}")
