@@ -38,7 +38,8 @@ class _Plan:
 
     @property
     def owner(self) -> nn.Module | None:
-        return self._owner and self._owner()
+        # Not by its truth: torch.compile of torch 2.11 asks no weak reference for that.
+        return None if self._owner is None else self._owner()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owner": self.owner, "projections": None}

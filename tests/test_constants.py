@@ -250,7 +250,7 @@ def test_beside_graphs(loop, monkeypatch, computed):
     monkeypatch.setattr(graph, "Cuda", Recorded)
     fastunet.accelerate(loop.model, cuda_graph=True)
     cuda = loop.model.__dict__[graph.MARK]._cuda
-    for prompt in range(3):
+    for prompt in range(2):
         text = torch.randn(2, 5, 24)
         before = computed()
         with fastunet.sampling(loop.model):
@@ -313,7 +313,7 @@ def test_whatever_happens_amid_a_loop(host, lora, graphed, monkeypatch):
         fastunet.accelerate(loop.model, cuda_graph=True)
     at, events = make_events(loop, lora)
     random.seed(0)
-    order = [name for name in events for _ in range(2 if graphed else 4)]
+    order = [name for name in events for _ in range(1 if graphed else 4)]
     random.shuffle(order)
     with fastunet.sampling(loop.model):
         for name in order:
