@@ -210,7 +210,6 @@ def test_training_learns(tmp_path):
     timesteps = torch.full((256,), 500)
     x_t = model.schedule.add_noise(digits.images[:256], noise, timesteps)
     predicted = model(x_t, timesteps, digits.captions[:256])
-    print((predicted - noise).square().mean() / noise.square().mean())
     assert (predicted - noise).square().mean() < 0.5 * noise.square().mean()
 
 
