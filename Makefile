@@ -24,12 +24,12 @@ demo: .venv/.demo ## train and sample a small U-Net with the fused ops; pictures
 # kernels/ hides Hugging Face's package of that name. Two processes, because Triton decides at its
 # first import whether kernels are interpreted or compiled.
 test: .venv/.dev ## all tests: kernels in Triton's interpreter, then compiled offline for real GPUs
-	.venv/bin/pytest -n 2
-	TRITON_INTERPRET=0 .venv/bin/pytest tests/offline -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=0 .venv/bin/pytest tests/offline -n 2 --dist worksteal
 
 prove: .venv/.dev ## faults planted in kernels are seen, no kernel is less exact; more is compiled
-	.venv/bin/pytest -m proof -n 2
-	TRITON_INTERPRET=0 .venv/bin/pytest tests/offline -m proof -n 2
+	.venv/bin/pytest -m proof -n 2 --dist worksteal
+	TRITON_INTERPRET=0 .venv/bin/pytest tests/offline -m proof -n 2 --dist worksteal
 
 lint: .venv/.dev ## ruff (rules and format) and pyright
 	.venv/bin/ruff check .
