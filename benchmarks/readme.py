@@ -67,12 +67,13 @@ SD 1.5 was not measured again.
 launch a Triton kernel from Python costs more than one of PyTorch's own. Its times vary from machine
 to machine and from run to run: in another run plain calls of SD 1.5 took {plain_eager} ms eager and
 {plain_ours} ms accelerated, a training step {train_eager} and {train_ours} ms
-({peak_eager} and {peak_ours} GB at the peak). So pass `cuda_graph=True` for inference, and measure before you train. Trained with the
-kernels, a small U-Net follows eager's losses: after 300 steps they are {gap} apart, those of
-two seeds {between} (`python benchmarks/training_parity.py --backend triton`).
+({peak_eager} and {peak_ours} GB at the peak). So pass `cuda_graph=True` for inference, and measure
+before you train. Trained with the kernels, a small U-Net follows eager's losses: after 300 steps
+they are {gap} apart, those of two seeds {between}
+(`python benchmarks/training_parity.py --backend triton`).
 
-`fastunet tune` found the kernel ahead at {kernels_ahead} of {sites} kinds of call of SD 1.5, and leaves the others
-(self-attention at 1024 and 4096 tokens) to PyTorch.
+`fastunet tune` found the kernel ahead at {kernels_ahead} of {sites} kinds of call of SD 1.5, and
+leaves the others (self-attention at 1024 and 4096 tokens) to PyTorch.
 
 Op by op, on one {ops_device} (`python -m fastunet.benchmarks.earlier benchmarks/results/{ops}`
 has every shape):
