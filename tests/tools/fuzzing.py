@@ -224,7 +224,7 @@ def _group_norm(draw: Draw) -> Call:
         "tokens": draw(st.booleans()),
     }
     owned, most = draw(st.integers(1, groups)), draw(st.integers(1, 3))
-    tile = triton.next_power_of_2(triton.cdiv(side[0] * side[1], draw(st.integers(1, 6))))
+    tile = triton.next_power_of_2(triton.cdiv(side[0] * side[1], draw(st.integers(1, 4))))
 
     def table(samples: int, groups: int, group_channels: int, space: int, *_: int) -> Any:
         steps = triton.cdiv(space, tile)
