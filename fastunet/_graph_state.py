@@ -78,10 +78,17 @@ def surroundings(leaves: list[Any]) -> tuple[Any, ...]:
     return (
         autocast,
         torch.is_inference_mode_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        *_fp32_precisions(),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _fp32_precisions() -> tuple[Any, Any]:
+    """Of products and of convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and up, where the older switches may raise
+        return matmul.fp32_precision, cudnn.conv.fp32_precision  # pyright: ignore
+    return matmul.allow_tf32, cudnn.allow_tf32
 
 
 def outside_inference(model: nn.Module) -> bool:

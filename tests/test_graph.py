@@ -103,6 +103,27 @@ def test_each_size_and_dtype_has_its_graph_and_few_are_kept(runs):
     assert runs.counts == (graph.MOST + 4, before + 2)
 
 
+@pytest.mark.parametrize("switch", ["conv", "matmul"])
+def test_another_precision_of_fp32_has_its_graph(switch, runs):
+    backend = getattr(torch.backends.cudnn, "conv", None)
+    if backend is None or switch == "matmul":
+        backend = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(backend, "fp32_precision") else "allow_tf32"
+    for _ in range(3):
+        runs.same()
+    before = getattr(backend, name)
+    other = {"ieee": "tf32", "none": "tf32", "tf32": "ieee"}.get(before, not before)
+    try:
+        setattr(backend, name, other)
+        for _ in range(2):
+            runs.same()
+    finally:
+        setattr(backend, name, before)
+    assert runs.counts == (2, 3)
+    runs.same()
+    assert runs.counts == (2, 4)
+
+
 @pytest.mark.parametrize("kind", [int, float, torch.tensor])
 def test_a_timestep_may_be_a_number(kind, runs):
     image, _, context = runs.args
