@@ -257,13 +257,13 @@ def _attention(draw: Draw) -> Call:
     }
     # d_query computes the scores again, in tiles of as many keys as the pass forward had: so the
     # launch tables have it up to head dim 128. In fp32 tiles of another width may add up otherwise.
-    key_tile = _power_of_two(draw, 16, 64)
+    key_tile = _block(draw, keys, 16, 64)
     blocks = {
         f"{file}.launch_table": Tile(_power_of_two(draw, 16, 64), tile, num_warps=4, num_stages=1)
         for file, tile in (
             ("attention", key_tile),
             ("_attention_d_query", key_tile),
-            ("_attention_d_key_value", _power_of_two(draw, 16, 64)),
+            ("_attention_d_key_value", _block(draw, keys, 16, 64)),
         )
     }
     if keys <= 128 and dtype in NARROW:  # one tile holds all of them
