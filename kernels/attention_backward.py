@@ -75,6 +75,7 @@ def backward(
             _attention_d_query._streaming_d_query_kernel, grid,
             d_query, statistics, delta, out, *inputs, BLOCK_N=tile.keys, ACC=acc,
             **sizes, **parts, **options,
+            **_attention_d_query.launch_options(head_dim, query.element_size(), out is None),
         )  # fmt: skip
 
     tile = _attention_d_key_value.launch_table(
