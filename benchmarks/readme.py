@@ -65,8 +65,9 @@ SD 1.5 was not measured again.
 
 **Plain calls are not faster, and training is slower**: without a graph the CPU is the limit, and to
 launch a Triton kernel from Python costs more than one of PyTorch's own. Its times vary from machine
-to machine and from run to run: in another run plain calls of SD 1.5 took {plain_eager} ms eager and
-{plain_ours} ms accelerated, a training step {train_eager} and {train_ours} ms
+to machine and from run to run: in another run, by a script with the calls of
+`fastunet bench --only unet`, plain calls of SD 1.5 took {plain_eager} ms eager and {plain_ours} ms
+accelerated, a training step {train_eager} and {train_ours} ms
 ({peak_eager} and {peak_ours} GB at the peak). So pass `cuda_graph=True` for inference, and measure
 before you train. Trained with the kernels, a small U-Net follows eager's losses: after 300 steps
 they are {gap} apart, those of two seeds {between}
