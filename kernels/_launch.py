@@ -148,7 +148,7 @@ def why_not_triton(tensors: list[Tensor], by_name: bool = False) -> str | None:
 
 
 def wants_gradient(tensors: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
 
 
 def is_traced() -> bool:
@@ -176,7 +176,7 @@ def is_plain(tensors: list[Tensor]) -> bool:
     if torch.compiler.is_compiling():  # the registered op looks for transforms
         return all(type(t) in (Tensor, Parameter, FakeTensor) for t in tensors)
     # Of a negated view memory holds the opposite; only PyTorch's dispatcher would negate it.
-    if any(type(t) not in (Tensor, Parameter) or t.is_neg() for t in tensors):
+    if any([type(t) not in (Tensor, Parameter) or t.is_neg() for t in tensors]):
         return False
     return torch._C._get_tracing_state() is None and not is_transformed(tensors)
 

@@ -4,14 +4,14 @@ A call that nobody compiles or watches goes straight to the launcher. Every othe
 torch.ops.fastunet, which torch.compile and torch.export know:
 
     public function -> Operator.__call__ -+-> launcher                                   inference
-                                          +-> _Gradients -> _run_forward                 training
+                                          +-> Gradients -> launcher                      training
                                           +-> torch.ops.fastunet.x                       the rest
-                                          |     autograd: _differentiate   kernel: _run_forward
+                                          |     autograd: _differentiate   kernel: run_forward
                                           +-> the reference                CPU, or nothing fits
 
-and backwards _Gradients.backward -> _run_backward, or torch.ops.fastunet.x_backward. Where a kernel
-does not compile and nobody asked for it by name, _run_forward and _run_backward compute with the
-reference what the kernel would have: a compiled graph that holds the op stays right.
+The way back is in _gradients. Where a kernel does not compile and nobody asked for it by name,
+run_forward and run_backward compute with the reference what the kernel would have: a compiled graph
+that holds the op stays right.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from fastunet.kernels import _choices, _launch, reference
+from fastunet.kernels._gradients import (
+    Gradients,
+    NoGradients,
+    all_of,
+    below_autograd,
+    no_second_derivative,
+    positions,
+    tensors_of,
+)
 from fastunet.kernels._plan import Launcher
+from fastunet.kernels._plan_steps import Plan
 
 Function = Callable[..., Any]
 _LIBRARY = torch.library.Library("fastunet", "FRAGMENT")
@@ -80,18 +90,18 @@ class Operator:
         grads = "Tensor grad" if results == 1 else "Tensor? grad0, Tensor? grad1"
         self.registered = _register(
             name, f"({arguments}, bool fallback) -> ({outputs})",
-            kernel=self._run_forward, autograd=self._differentiate,
+            kernel=self.run_forward, autograd=self._differentiate,
             fake=lambda *args: _one_or_all(fake(*args[:-1])),
         )  # fmt: skip
         self.registered_backward = _register(
             f"{name}_backward", f"({grads}, {kept}, bool[] needs, bool fallback) -> Tensor[]",
-            kernel=self._run_backward, autograd=self._refuse_second_derivative,
+            kernel=self.run_backward, autograd=self._refuse_second_derivative,
             fake=lambda *args: fake_backward(*args[:-1]),
         )  # fmt: skip
 
     def __call__(self, backend: str, *args: Any) -> Any:
         """Launch the kernel, or call the reference, which checks its arguments itself."""
-        asked, tensors = _launch.asked(backend), _tensors(args)
+        asked, tensors = _launch.asked(backend), tensors_of(args)
         if asked == "torch" or not tensors:
             return self._reference(args)
         fallback, vendor = asked == "auto", False
@@ -113,30 +123,29 @@ class Operator:
         if plan is not None and None not in decided:
             plan.checked.add(decided)
         if _launch.is_traced():
-            results = _all(self.registered(*args, fallback))
+            results = all_of(self.registered(*args, fallback))
         elif _launch.wants_gradient(tensors):
-            results = _all(_Gradients.apply(self, None, *args, fallback))
+            results = all_of(Gradients.apply(self, None, *args, fallback))
         else:
             results = self._attempt(self.name, self.forward, args, tensors, fallback, save=False)
             if results is None:
                 return self._reference(args)
         return results[0] if self.results == 1 else tuple(results[: self.results])
 
-    def _plan(self, args: Sequence[Any], tensors: list[Tensor]) -> Any:
+    def _plan(self, args: Sequence[Any], tensors: list[Tensor]) -> Plan | None:
         """That of a call which nobody traces, watches or transforms, where there is one."""
         if _launch.is_traced() or _launch.any_broken() or not _launch.is_plain(tensors):
             return None
         return self.forward.plan(tensors, args, save=_launch.wants_gradient(tensors))
 
     def _run_checked(
-        self, plan: Any, args: Sequence[Any], tensors: list[Tensor], fallback: bool
+        self, plan: Plan, args: Sequence[Any], tensors: list[Tensor], fallback: bool
     ) -> Any:
         """A call whose kind has been here before: nothing is left to check or to choose."""
-        if _launch.wants_gradient(tensors):
-            results = _all(_Gradients.apply(self, None, *args, fallback))
-        else:
-            results = _launch.on_its_device(tensors[0].device, plan, (tensors,), {})
-            _launch.note(self.name, "triton")
+        if plan.saves:
+            return Gradients.apply(self, (plan, tensors), *args, fallback)
+        results = _launch.on_its_device(tensors[0].device, plan, (tensors,), {})
+        _launch.note(self.name, "triton")
         return results[0] if self.results == 1 else tuple(results[: self.results])
 
     def _reference(self, args: Sequence[Any]) -> Any:
@@ -165,78 +174,44 @@ class Operator:
     # torch.ops.fastunet.<name>
 
     def _differentiate(self, keyset: Any, *args: Any) -> Any:
-        tensors = _tensors(args)
+        tensors = tensors_of(args)
         if _launch.is_transformed(tensors):  # torch.compile cannot see it when it traces the call
             if not args[-1]:
                 raise NotImplementedError(
                     f"{self.name} on backend 'triton': its kernels take no tensor inside jvp, vjp "
                     "or vmap"
                 )
-            results = _all(self._reference(args[:-1]))
+            results = all_of(self._reference(args[:-1]))
             return _one_or_all((*results, *self.fake(*args[:-1])[self.results :]))
         if _launch.wants_gradient(tensors):
-            return _Gradients.apply(self, keyset, *args)
-        return _below_autograd(self.registered, keyset, args)
+            return Gradients.apply(self, keyset, *args)
+        return below_autograd(self.registered, keyset, args)
 
-    def _run_forward(self, *args: Any) -> Any:
+    def run_forward(self, *args: Any) -> Any:
         *inputs, fallback = args
-        tensors, results = _tensors(inputs), None
+        tensors, results = tensors_of(inputs), None
         if not (fallback and _launch.is_broken(self.name, tensors)):
             results = self._attempt(self.name, self.forward, inputs, tensors, fallback, save=True)
         if results is None:
             results = self.fake(*inputs)
             # What is saved stays unwritten: the backward of a broken op does not read it.
             with torch.autocast(tensors[0].device.type, enabled=False):
-                _write(results[: self.results], _all(self._reference(inputs)))
+                _write(results[: self.results], all_of(self._reference(inputs)))
         return _one_or_all(results)
 
     # torch.ops.fastunet.<name>_backward
 
-    def set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = _all(output)
-        kept = self.keep(inputs[:-1], results)
-        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in kept])
-        ctx.others = [None if isinstance(value, Tensor) else value for value in kept]
-        ctx.fallback = inputs[-1]
-        ctx.mark_non_differentiable(*results[self.results :])
-        ctx.set_materialize_grads(False)
-
-    def gradients_of(
-        self, ctx: Any, wanted: Sequence[bool], grads: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """The gradient of each argument, None where it is not wanted."""
-        saved = zip(ctx.saved_tensors, ctx.others, strict=True)
-        kept = [other if tensor is None else tensor for tensor, other in saved]
-        needs = [False] * (1 + max(index for _, index in self.gradients))
-        for at, index in self.gradients:
-            if wanted[at] and index >= 0:
-                needs[index] = True
-        found = {-1: grads[0]}
-        if any(needs) and any(grad is not None for grad in grads):
-            args = (*grads[: self.results], *kept, needs, ctx.fallback)
-            tensors = _tensors(args)
-            seen = _launch.is_traced() or _launch.is_transformed(tensors)
-            seen = seen or torch.is_grad_enabled()  # for a second derivative
-            seen = seen or any(tensor.is_neg() for tensor in tensors)  # the dispatcher negates it
-            results = (self.registered_backward if seen else self._run_backward)(*args)
-            found.update(zip(_positions(needs), results, strict=True))
-        gradients: list[Tensor | None] = [None] * len(wanted)
-        for at, index in self.gradients:
-            if wanted[at]:
-                gradients[at] = found.get(index)
-        return gradients
-
     def _refuse_second_derivative(self, keyset: Any, *args: Any) -> Any:
-        tensors = _tensors(args)
+        tensors = tensors_of(args)
         if _launch.is_transformed(tensors):
-            raise NotImplementedError(_no_second_derivative(self.name))
+            raise NotImplementedError(no_second_derivative(self.name))
         if _launch.wants_gradient(tensors):
-            return list(_NoGradients.apply(self, keyset, *args))
-        return _below_autograd(self.registered_backward, keyset, args)
+            return list(NoGradients.apply(self, keyset, *args))
+        return below_autograd(self.registered_backward, keyset, args)
 
-    def _run_backward(self, *args: Any) -> list[Tensor]:
+    def run_backward(self, *args: Any) -> list[Tensor]:
         *inputs, needs, fallback = args
-        name, tensors, results = f"{self.name}_backward", _tensors(inputs), None
+        name, tensors, results = f"{self.name}_backward", tensors_of(inputs), None
         # A forward that fell back saved nothing to go on with; which one it was is not known here.
         broken = _launch.is_broken(self.name) or _launch.is_broken(name, tensors)
         if not (fallback and broken):
@@ -250,49 +225,18 @@ class Operator:
     def _gradients_of_reference(self, inputs: Sequence[Any], needs: list[bool]) -> list[Tensor]:
         grads, args = inputs[: self.results], list(self.again(*inputs))
         at = {index: at for at, index in self.gradients}
-        leaves = [at[index] for index in _positions(needs)]
+        leaves = [at[index] for index in positions(needs)]
 
         def call(*values: Tensor) -> tuple[Tensor, ...]:
             for position, value in zip(leaves, values, strict=True):
                 args[position] = value
-            results = _all(self._in_pytorch(args))
+            results = all_of(self._in_pytorch(args))
             return tuple(r for r, grad in zip(results, grads, strict=True) if grad is not None)
 
         # Inside an op autograd records nothing, but torch.func does. (So would a thread, and wait
         # for ever: on a GPU autograd has one thread a device, which is busy with this very op.)
         pull_back = torch.func.vjp(call, *[args[position] for position in leaves])[1]
         return pull_back(tuple(grad for grad in grads if grad is not None))
-
-
-class _Gradients(torch.autograd.Function):
-    """The op, recorded: (operator, dispatch keys or None round the dispatcher, *arguments)."""
-
-    @staticmethod
-    def forward(ctx: Any, operator: Operator, keyset: Any, *args: Any) -> Any:
-        ctx.operator = operator
-        if keyset is None:
-            output = operator._run_forward(*args)
-        else:
-            output = _below_autograd(operator.registered, keyset, args)
-        operator.set_up(ctx, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, *ctx.operator.gradients_of(ctx, ctx.needs_input_grad[2:], grads)
-
-
-class _NoGradients(torch.autograd.Function):
-    """torch.ops.fastunet.<name>_backward, recorded so that whoever differentiates it is told."""
-
-    @staticmethod
-    def forward(ctx: Any, operator: Operator, keyset: Any, *args: Any) -> Any:
-        ctx.name = operator.name
-        return tuple(_below_autograd(operator.registered_backward, keyset, args))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(_no_second_derivative(ctx.name))
 
 
 def _register(
@@ -313,31 +257,10 @@ def _register(
     return getattr(torch.ops.fastunet, name).default
 
 
-def _below_autograd(op: Any, keyset: Any, args: Sequence[Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-
-def _no_second_derivative(name: str) -> str:
-    return f"{name}: its kernels have no second derivative; call it with backend='torch'"
-
-
 def _write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _all(results: Any) -> tuple[Any, ...]:
-    return (results,) if isinstance(results, Tensor) else tuple(results)
-
-
 def _one_or_all(results: Sequence[Any]) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def _positions(needs: list[bool]) -> list[int]:
-    return [index for index, need in enumerate(needs) if need]

@@ -13,7 +13,7 @@ import torch
 import op_calls
 import planned
 from fastunet import kernels
-from fastunet.kernels import _choices, _launch, _plan
+from fastunet.kernels import _choices, _launch, _plan, _plan_recording
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -38,7 +38,7 @@ def redrawn(args):
 
 
 def redrawn_tensor(tensor):
-    other = _plan._unwritten(tensor)
+    other = _plan_recording.unwritten(tensor)
     values = torch.rand(tensor.shape, device=tensor.device) - 0.4
     return other.copy_(values > 0 if tensor.dtype == torch.bool else values)
 
@@ -145,7 +145,7 @@ def test_a_launch_and_an_op_on_a_part_of_an_argument():
     launcher = _plan.Launcher(function)
     for part in torch.randn(6, 4, 32, device=DEVICE).unbind():
         assert_same(launcher(part, save=False), function(part, save=False))
-    assert [type(plan) for plan in launcher._plans.values()] == [_plan._Plan]
+    assert [type(plan) for plan in launcher._plans.values()] == [_plan.Plan]
 
 
 def test_a_tensor_that_is_copied_first():
@@ -252,7 +252,8 @@ def test_what_no_plan_can_hold_is_called_each_time(function):
 
 def test_without_the_memory_to_record_a_call_runs_as_it_is():
     launcher = fresh(op_calls.operator("geglu").forward)
-    with mock.patch.object(_plan, "_unwritten", side_effect=torch.OutOfMemoryError("CUDA")):
+    failure = torch.OutOfMemoryError("CUDA")
+    with mock.patch.object(_plan_recording, "unwritten", side_effect=failure):
         for _ in range(3):
             x = torch.randn(4, 32, device=DEVICE)
             assert_same(launcher(x, save=False), fresh(launcher)(x, save=False))
@@ -310,7 +311,7 @@ def test_threads_record_apart():
     for thread in threads:
         thread.join()
     assert found == [True] * 8
-    assert all(type(plan) is _plan._Plan for plan in launcher._plans.values())
+    assert all(type(plan) is _plan.Plan for plan in launcher._plans.values())
 
 
 def test_a_gradient_may_be_a_negated_view():

@@ -54,7 +54,7 @@ def test_planned_launches_are_those_of_the_launcher(call):
         first = launched()
         launched()  # recorded
         planned = [plan for each in fresh.values() for plan in each._plans.values()]
-        assert [type(plan) for plan in planned] == [_plan._Plan]
+        assert [type(plan) for plan in planned] == [_plan.Plan]
         assert first and launched() == first
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastunet.kernels import _plan
+from fastunet.kernels import _plan, _plan_steps
 
 
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Within the block calls on CPU tensors are planned too."""
+    """Within the block calls on CPU tensors are planned too, and launched as if on a stream."""
     run = InterpretedFunction.run
 
     def compiling_run(self: Any, *args: Any, **options: Any) -> "_Compiled":
@@ -29,13 +29,16 @@ def on_the_cpu() -> Iterator[None]:
 
     with (
         mock.patch.object(_plan, "DEVICES", {"cuda", "cpu"}),
+        mock.patch.object(_plan_steps, "stream", lambda: 0),
         mock.patch.object(InterpretedFunction, "run", compiling_run),
     ):
         yield
 
 
 class _Compiled:
-    """``compiled[grid](*args)`` for an interpreted kernel; all arguments, in order."""
+    """An interpreted kernel with the two ways to launch a compiled one; all arguments, in order."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self, kernel: Any, args: Any, options: dict[str, Any]) -> None:
         self._kernel, signature = kernel, inspect.signature(kernel.fn)
@@ -45,13 +48,18 @@ class _Compiled:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         assert len(grid) == 3  # Triton's own reads three
+        return lambda *args: self.run(
+            *grid, 0, self.function, self.packed_metadata, *[None] * 3, *args
+        )
 
-        def run(*args: Any) -> None:
-            pairs = zip(args, self._dtypes, strict=True)
-            found = [arg if dtype is None else _at(arg, dtype) for arg, dtype in pairs]
-            self._kernel[grid](*found)
-
-        return run
+    def run(
+        self, x: int, y: int, z: int, stream: int, function: str, metadata: str,
+        of_launch: None, enter: None, leave: None, *args: Any,
+    ) -> None:  # fmt: skip
+        assert (function, metadata) == (self.function, self.packed_metadata)
+        pairs = zip(args, self._dtypes, strict=True)
+        found = [arg if dtype is None else _at(arg, dtype) for arg, dtype in pairs]
+        self._kernel[x, y, z](*found)
 
 
 def _at(address: int, dtype: torch.dtype) -> Tensor:
