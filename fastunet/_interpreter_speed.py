@@ -1,19 +1,32 @@
 """What Triton's interpreter forms anew at each op of each program, formed once.
 
 Most of the time of an interpreted op goes to describing its result: the type of a block, its shape
-as a tuple of constants, and the replacement of some 300 functions of ``triton.language`` at each
-launch. None of it depends on values, so it is kept. What is computed stays as it is.
+as a tuple of constants, the common type of two operands, and the replacement of some 300 functions
+of ``triton.language`` at each launch. None of it depends on values, so it is kept; so is a number
+that stands in a kernel's text. What is computed stays as it is.
 """
 
 from typing import Any
+
+import numpy as np
 
 SEAMS = {
     "tl.block_type.__init__": "self element_ty shape",
     "tl.tensor.__init__": "self handle type",
     "tl.dtype.__eq__": "self other",
+    "tl.core._unwrap_if_constexpr": "o",
     "TritonSemantic.broadcast_impl_value": "self lhs rhs",
+    "TritonSemantic.binary_op_type_checking_impl": (
+        "self lhs rhs allow_lhs_ptr allow_rhs_ptr arithmetic_check div_or_mod"
+    ),
+    "TritonSemantic.expand_dims": "self input axis",
+    "TensorHandle.__post_init__": "self",
+    "InterpreterBuilder.create_splat": "self ret_ty arg",
+    "InterpreterBuilder.create_expand_dims": "self arg axis",
     "_LangPatchScope.set_attr": "self obj name value",
+    "_patch_attr": "obj name member builder scope",
 }
+INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"int1"}
 
 
 def keep(interpreter: Any) -> None:
@@ -21,18 +34,23 @@ def keep(interpreter: Any) -> None:
     _block_types(interpreter.tl)
     _shapes(interpreter.tl)
     _dtypes(interpreter)
+    _unwrapped(interpreter.tl.core)
+    _handles(interpreter)
     _broadcasts(interpreter)
+    _axes(interpreter)
+    _operands(interpreter)
+    _builtins(interpreter)
     _patches(interpreter)
 
 
 def _block_types(tl: Any) -> None:
-    constexpr, several = tl.constexpr, tl.core.tuple
+    several = tl.core.tuple
     made: dict[tuple, dict[str, Any]] = {}
     original = tl.block_type.__init__
 
     def __init__(self, element_ty, shape):
         sizes = shape.values if type(shape) is several else shape
-        key = (element_ty.name, *[s.value if type(s) is constexpr else s for s in sizes])
+        key = (element_ty.name, *sizes)
         attributes = made.get(key)
         if attributes is None:
             original(self, element_ty, shape)  # which refuses what is no shape
@@ -49,14 +67,14 @@ def _shapes(tl: Any) -> None:
     block_type = tl.block_type
 
     def __init__(self, handle, type):
-        sizes = tuple(type.shape.values) if isinstance(type, block_type) else ()
-        kept = made.get(sizes)
+        shape = type.shape if isinstance(type, block_type) else None
+        kept = made.get(id(shape))
         if kept is None:
             original(self, handle, type)
-            made[sizes] = self.numel, self.shape
+            made[id(shape)] = self.numel, self.shape, shape  # which lives on, and so does its id
             return
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = kept
+        self.numel, self.shape, _ = kept
 
     tl.tensor.__init__ = __init__
 
@@ -79,9 +97,43 @@ def _dtypes(interpreter: Any) -> None:
     interpreter.tl.dtype.__eq__ = __eq__
 
 
+def _unwrapped(core: Any) -> None:
+    original, plain = core._unwrap_if_constexpr, {core.tensor, int, float, bool, type(None)}
+
+    def _unwrap_if_constexpr(o):
+        return o if type(o) in plain else original(o)
+
+    core._unwrap_if_constexpr = _unwrap_if_constexpr
+
+
+def _handles(interpreter: Any) -> None:
+    builder, pointer_type = interpreter.InterpreterBuilder, interpreter.tl.pointer_type
+    handle, original = interpreter.TensorHandle, builder.binary_op
+
+    def __init__(self, data, dtype, attr=None):
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if too_wide(data, dtype):
+            self.__post_init__()  # which says so
+
+    def too_wide(data, dtype):
+        bits = 8 * data.itemsize
+        return bits > 8 and type(dtype) is not pointer_type and bits > dtype.primitive_bitwidth
+
+    def binary_op(self, lhs, rhs, op):
+        dtype = lhs.dtype.scalar
+        if dtype.name == "bf16":
+            return original(self, lhs, rhs, op)
+        data = op(lhs.data, rhs.data)
+        if too_wide(data, dtype):
+            data = data.astype(interpreter._get_np_dtype(dtype))
+        return handle(data, dtype)
+
+    handle.__init__, builder.binary_op = __init__, binary_op
+
+
 def _broadcasts(interpreter: Any) -> None:
     semantic, tl = interpreter.TritonSemantic, interpreter.tl
-    original = semantic.broadcast_impl_value
+    original, handle = semantic.broadcast_impl_value, interpreter.TensorHandle
 
     def splat(self, scalar, block):
         wide = block.with_element_ty(scalar.type.scalar)
@@ -91,7 +143,9 @@ def _broadcasts(interpreter: Any) -> None:
         if block.type.shape.values == sizes:
             return block
         wide = tl.block_type(block.type.scalar, sizes)
-        return self.tensor(self.builder.create_broadcast(block.handle, sizes), wide)
+        data = np.empty(sizes, block.handle.data.dtype)
+        data[...] = block.handle.data
+        return self.tensor(handle(data, block.dtype), wide)
 
     def broadcast_impl_value(self, lhs, rhs):
         left, right = lhs.type, rhs.type
@@ -111,6 +165,110 @@ def _broadcasts(interpreter: Any) -> None:
         return expanded(self, lhs, most), expanded(self, rhs, most)
 
     semantic.broadcast_impl_value = broadcast_impl_value
+
+
+def _axes(interpreter: Any) -> None:
+    semantic, builder, tl = (
+        interpreter.TritonSemantic,
+        interpreter.InterpreterBuilder,
+        interpreter.tl,
+    )
+    handle, original = interpreter.TensorHandle, semantic.expand_dims
+    splat, expand = builder.create_splat, builder.create_expand_dims
+
+    def expand_dims(self, input, axis):
+        if not input.type.is_block():
+            return original(self, input, axis)
+        sizes = list(input.type.shape.values)
+        sizes.insert(axis, 1)
+        wide = tl.block_type(input.type.scalar, sizes)
+        return self.tensor(self.builder.create_expand_dims(input.handle, axis), wide)
+
+    def create_expand_dims(self, arg, axis):
+        if axis < 0:
+            return expand(self, arg, axis)
+        sizes = arg.data.shape
+        data = arg.data.reshape(*sizes[:axis], 1, *sizes[axis:])
+        return handle(data, arg.dtype.scalar)
+
+    def create_splat(self, ret_ty, arg):
+        dtype = arg.dtype
+        if isinstance(dtype, tl.block_type) or not ret_ty.is_block():
+            return splat(self, ret_ty, arg)
+        data = np.empty(ret_ty.shape.values, interpreter._get_np_dtype(dtype))
+        data[...] = arg.data
+        return handle(data, dtype.scalar)
+
+    semantic.expand_dims = expand_dims
+    builder.create_expand_dims, builder.create_splat = create_expand_dims, create_splat
+
+
+def _operands(interpreter: Any) -> None:
+    """Two operands of one dtype, and a number beside a tensor that keeps its dtype."""
+    semantic, tl = interpreter.TritonSemantic, interpreter.tl
+    original, tensor, handle = (
+        semantic.binary_op_type_checking_impl,
+        tl.tensor,
+        interpreter.TensorHandle,
+    )
+    floats = {"fp16", "bf16", "fp32", "fp64"}
+    same, divided = INTEGERS | floats, INTEGERS | {"fp32", "fp64"}  # fp16 / fp16 is fp32
+    splats: dict[tuple, Any] = {}
+
+    def beside(self, number, block, div_or_mod):
+        """The number as a tensor of the block's type, if it was one before."""
+        shape = block.type.shape.values if block.type.is_block() else ()
+        data = splats.get((number, type(number), block.dtype.name, div_or_mod, *shape))
+        return None if data is None else tensor(handle(data, block.dtype), block.type)
+
+    def keep(number, block, div_or_mod, result):
+        if result.type == block.type and number == number:
+            shape = block.type.shape.values if block.type.is_block() else ()
+            data = result.handle.data.copy()
+            data.flags.writeable = False
+            splats[(number, type(number), block.dtype.name, div_or_mod, *shape)] = data
+
+    def binary_op_type_checking_impl(
+        self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True,
+        div_or_mod=False,
+    ):  # fmt: skip
+        left, right = type(lhs), type(rhs)
+        if left is tensor and right is tensor:
+            dtype = lhs.dtype
+            if dtype is rhs.dtype and dtype.name in (divided if div_or_mod else same):
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic_check and left is tensor and right in (int, float):
+            if (number := beside(self, rhs, lhs, div_or_mod)) is not None:
+                return lhs, number
+            found = original(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, True, div_or_mod)
+            keep(rhs, lhs, div_or_mod, found[1])
+            return found
+        elif arithmetic_check and right is tensor and left in (int, float):
+            if (number := beside(self, lhs, rhs, div_or_mod)) is not None:
+                return number, rhs
+            found = original(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, True, div_or_mod)
+            keep(lhs, rhs, div_or_mod, found[0])
+            return found
+        return original(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    semantic.binary_op_type_checking_impl = binary_op_type_checking_impl
+
+
+def _builtins(interpreter: Any) -> None:
+    """A function of the language is called with the interpreter's semantic, and nothing between."""
+    checking = interpreter.tl.core.builtin(lambda: None).__code__
+    semantic = interpreter.interpreter_semantic
+
+    def _patch_attr(obj, name, member, builder, scope):
+        call = member.__wrapped__ if getattr(member, "__code__", None) is checking else member
+
+        def new_member(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return call(*args, **kwargs)
+
+        scope.set_attr(obj, name, new_member)
+
+    interpreter._patch_attr = _patch_attr
 
 
 def _patches(interpreter: Any) -> None:
