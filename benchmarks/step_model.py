@@ -230,10 +230,10 @@ beside its own: the addition of a convolution's bias, and copies to the layout t
 a norm asks for. The number of kernels is held against profiles below.
 
 The projections of the time embedding are one product a step ([architecture.md](architecture.md)
-says why not one a schedule); those of the text are gone in `sampling()`. In NCHW less is saved than
-in channels_last: diffusers' transformers give NCHW anyway, so the copies into it stay; in SD 1.5
-the tokens of an image are made dense once, of which eager's norm makes a copy and its addition
-reads none; and what cuDNN does to compute in NCHW, which is hidden, stays.
+says why not one a schedule); those of the text are gone in `sampling()`. Of concatenations those of
+the time embedding's parts are left, of a few values each. In NCHW less is saved than in
+channels_last: eager's transformers give NCHW anyway, and so copy nothing there; and what cuDNN does
+to compute in NCHW, which is hidden, stays.
 """
 
 PREDICTION = """

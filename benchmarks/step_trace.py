@@ -58,6 +58,7 @@ SIMPLE = {
     "cat": "concatenation", "upsample_nearest2d": "upsampling",
     "clone": COPY, "contiguous": COPY, "copy_": COPY,
 }  # fmt: skip
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm_")
 # The rows of a table, in order; others follow, and then those that are hidden.
 KINDS = (
     "convolution 3 x 3", "convolution 4 x 4, transposed", "convolution 1 x 1", TEXT, TIME, LINEAR,
@@ -129,7 +130,7 @@ class _Trace(TorchDispatchMode):
         self.ops.append(Op(kind, 1, sum(map(_nbytes, operands)), hidden=True))
 
     def _kind(self, name: str, args: Any, outputs: Sequence[Tensor]) -> str:
-        if name in ("mm", "addmm", "bmm", "linear"):
+        if name in PRODUCTS:
             return _linear(self._names.get(_storage(args[-1]), ""))
         if name in ("add", "add_") and outputs[0].dim() >= 3:
             added = _tensors(args)[-1]
@@ -242,7 +243,7 @@ def _linear(weight: str) -> str:
 
 def _products(name: str, args: Any) -> int:
     """Operations of a matrix product; 0 of anything else."""
-    if name not in ("mm", "addmm", "bmm"):
+    if name not in PRODUCTS:
         return 0
     a, b = args[-2:]
     return 2 * a.numel() * b.shape[-1]

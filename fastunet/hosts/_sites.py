@@ -71,6 +71,13 @@ def transformer(
     else:
         detail = f"{type(norm).__name__} has hooks or another class"
         yield Left(join(site, "norm"), "not_plain", detail)
+    yield from caller(site, block, plain, fused)
+
+
+def caller(
+    site: str, block: Any, plain: type[nn.Module], fused: type[nn.Module]
+) -> Iterator[Swap | Left]:
+    """What has no op of its own, but hands to others what they can read better."""
     if seen_class(block) in (plain, fused) and not is_wrapped(block):
         yield Swap(site, block, fused, ())
 
@@ -101,9 +108,18 @@ def tokens(image: Tensor) -> Tensor:
 
 def image(tokens: Tensor, like: Tensor) -> Tensor:
     """tokens [N, T, C] -> [N, C, H, W], of the size and in the memory layout of ``like``."""
-    out = tokens.unflatten(1, like.shape[2:]).movedim(-1, 1)
+    out = _view_as(like, tokens)
     channels_last = like.is_contiguous(memory_format=torch.channels_last)
     return out if channels_last and not like.is_contiguous() else out.contiguous()
+
+
+def add_tokens(image: Tensor, tokens: Tensor) -> Tensor:
+    """image [N, C, H, W] + tokens [N, H * W, C], in the memory layout of the image."""
+    return image + _view_as(image, tokens)
+
+
+def _view_as(image: Tensor, tokens: Tensor) -> Tensor:
+    return tokens.unflatten(1, image.shape[2:]).movedim(-1, 1)
 
 
 def resnet(

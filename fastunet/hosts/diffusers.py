@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, _chunked_feed_forward
 from diffusers.models.attention_processor import (
@@ -16,14 +17,16 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from fastunet import kernels
+from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.nn.attention import attend, extra_part
-from fastunet.nn.convolution import pointwise
+from fastunet.nn.convolution import is_product, project_tokens
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual, unlike_plain
@@ -37,11 +40,21 @@ HEADS = (UNet2DConditionModel, UNet2DModel, Encoder, Decoder)  # owners of conv_
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kw: Any) -> Tensor:
+    """``skip``, which an up block gives, are channels after those of the input."""
+
+    def forward(
+        self,
+        input_tensor: Tensor,
+        temb: Tensor | None,
+        *args: Any,
+        skip: Tensor | None = None,
+        **kw: Any,
+    ) -> Tensor:
         unusual = args or kw or (temb is None) != (self.time_emb_proj is None)
         if unusual or unlike_plain(self) is not None:
-            return super().forward(input_tensor, temb, *args, **kw)  # pyright: ignore
-        return residual(self, input_tensor, temb)
+            both = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
+            return super().forward(both, temb, *args, **kw)  # pyright: ignore
+        return residual(self, input_tensor, temb, skip)
 
 
 class FusedAttention(Attention):
@@ -129,18 +142,89 @@ class FusedTransformer2DModel(Transformer2DModel):
     """Keeps the memory layout of its input, where diffusers' own returns NCHW."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if self.use_linear_projection:
-            tokens = normalize(self.norm, hidden_states, tokens=True)
-            return self.proj_in(tokens), hidden_states.shape[1]
-        image = pointwise(self.proj_in, normalize(self.norm, hidden_states))
-        return _sites.tokens(image), image.shape[1]
+        if self.use_linear_projection or is_product(self.proj_in, hidden_states):
+            tokens = project_tokens(self.proj_in, normalize(self.norm, hidden_states, tokens=True))
+        else:
+            tokens = _sites.tokens(self.proj_in(normalize(self.norm, hidden_states)))
+        return tokens, tokens.shape[-1]
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if self.use_linear_projection:
-            return _sites.image(self.proj_out(hidden_states), residual) + residual
-        return pointwise(self.proj_out, _sites.image(hidden_states, residual)) + residual
+        if self.use_linear_projection or is_product(self.proj_out, hidden_states):
+            return _sites.add_tokens(residual, project_tokens(self.proj_out, hidden_states))
+        return self.proj_out(_sites.image(hidden_states, residual)) + residual
+
+
+class FusedUpBlock2D(UpBlock2D):
+    """Hands its residual blocks both parts of what they read, where they need no concatenation."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        upsample_size: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        skips = res_hidden_states_tuple
+        if args or kwargs or unlike_plain_up(self):
+            return super().forward(hidden_states, skips, temb, upsample_size, *args, **kwargs)
+        for index, resnet in enumerate(self.resnets):
+            hidden_states = over_both(resnet, hidden_states, skips[-1 - index], temb)
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states, upsample_size)
+        return hidden_states
+
+
+class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
+    """As :class:`FusedUpBlock2D`, with a transformer after each residual block."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        upsample_size: int | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        skips = res_hidden_states_tuple
+        if cross_attention_kwargs or unlike_plain_up(self):
+            return super().forward(
+                hidden_states, skips, temb, encoder_hidden_states, cross_attention_kwargs,
+                upsample_size, attention_mask, encoder_attention_mask,
+            )  # fmt: skip
+        layers = zip(self.resnets, self.attentions, strict=True)
+        for index, (resnet, transformer) in enumerate(layers):
+            hidden_states = over_both(resnet, hidden_states, skips[-1 - index], temb)
+            hidden_states = transformer(
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                cross_attention_kwargs=cross_attention_kwargs,
+                attention_mask=attention_mask,
+                encoder_attention_mask=encoder_attention_mask,
+                return_dict=False,
+            )[0]
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states, upsample_size)
+        return hidden_states
+
+
+def over_both(resnet: nn.Module, x: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
+    """The residual block over concat(x, skip)."""
+    if is_plain(resnet, FusedResnetBlock2D):
+        return resnet(x, temb, skip=skip)
+    return resnet(torch.cat([x, skip], dim=1), temb)
+
+
+def unlike_plain_up(block: Any) -> bool:
+    """Whether an up block computes more: FreeU's changes to both parts, or its layers again."""
+    free_u = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+    return free_u or (torch.is_grad_enabled() and block.gradient_checkpointing)
 
 
 class FusedUpsample2D(Upsample2D):
@@ -194,6 +278,10 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         yield from _sites.block(name, module, BasicTransformerBlock, FusedTransformerBlock)
     elif isinstance(module, Transformer2DModel) and module.is_input_continuous:
         yield from _sites.transformer(name, module, Transformer2DModel, FusedTransformer2DModel)
+    elif isinstance(module, UpBlock2D):
+        yield from _sites.caller(name, module, UpBlock2D, FusedUpBlock2D)
+    elif isinstance(module, CrossAttnUpBlock2D):
+        yield from _sites.caller(name, module, CrossAttnUpBlock2D, FusedCrossAttnUpBlock2D)
     elif isinstance(module, Upsample2D) and (conv := upsampled_conv(module)) is not None:
         yield from _sites.upsample(name, module, conv, Upsample2D, FusedUpsample2D)
     elif isinstance(module, HEADS):

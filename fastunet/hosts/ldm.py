@@ -19,7 +19,7 @@ from fastunet.hosts._sites import added_norms
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn.attention import attend
-from fastunet.nn.convolution import convolve, pointwise, shift_by
+from fastunet.nn.convolution import add_shortcut, convolve, shift_by
 from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.upsample import fits, is_on, pays, upsample_conv
@@ -42,11 +42,11 @@ class FusedResBlock:
         if self.use_scale_shift_norm:
             shift, scale_shift = None, shift.expand(len(h), -1)
         shift = shift_by(h, shift, bias)
-        norm, activation, *rest = self.out_layers
+        norm, activation, *rest, conv = self.out_layers
         h = _norm(norm, h, activation, shift=shift, scale_shift=scale_shift)
         for layer in rest:
             h = layer(h)
-        return pointwise(self.skip_connection, x) + h
+        return add_shortcut(conv, h, self.skip_connection, x)
 
 
 def _time_shift(block: Any, emb: Tensor) -> Tensor:
@@ -148,11 +148,11 @@ class FusedResnetBlock:
         h, bias = convolve(self.conv1, normalize(self.norm1, x, activation="silu"))
         shift = shift_by(h, None if temb is None else self.temb_proj(F.silu(temb)), bias)
         h = normalize(self.norm2, h, shift=shift, activation="silu")
-        h = self.conv2(self.dropout(h))
-        if self.in_channels != self.out_channels:
-            shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
-            x = pointwise(shortcut, x)
-        return x + h
+        h = self.dropout(h)
+        if self.in_channels == self.out_channels:
+            return x + self.conv2(h)
+        shortcut = self.conv_shortcut if self.use_conv_shortcut else self.nin_shortcut
+        return add_shortcut(self.conv2, h, shortcut, x)
 
 
 def unlike_resnet_block(block: Any) -> tuple[str, str] | None:

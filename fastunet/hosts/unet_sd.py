@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from fastunet import kernels
+from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
-from fastunet.nn.convolution import pointwise
+from fastunet.nn.convolution import is_product, project_tokens
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual
@@ -16,8 +18,9 @@ from fastunet.nn.upsample import pays, upsample_conv
 
 
 class FusedResnetBlock(unet_sd.ResnetBlock):
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return residual(self, x, emb)
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """``skip``, which a :class:`FusedUpLevel` gives, are channels after those of x."""
+        return residual(self, x, emb, skip)
 
 
 class FusedAttention(unet_sd.Attention):
@@ -41,15 +44,32 @@ class FusedTransformer(unet_sd.Transformer):
     """Keeps the memory layout of its input."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        if self.linear_projection:
-            tokens = self.proj_in(normalize(self.norm, x, tokens=True))
+        if self.linear_projection or is_product(self.proj_in, x):
+            tokens = project_tokens(self.proj_in, normalize(self.norm, x, tokens=True))
         else:
-            tokens = _sites.tokens(pointwise(self.proj_in, normalize(self.norm, x)))
+            tokens = _sites.tokens(self.proj_in(normalize(self.norm, x)))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        if self.linear_projection:
-            return _sites.image(self.proj_out(tokens), x) + x
-        return pointwise(self.proj_out, _sites.image(tokens, x)) + x
+        if self.linear_projection or is_product(self.proj_out, tokens):
+            return _sites.add_tokens(x, project_tokens(self.proj_out, tokens))
+        return self.proj_out(_sites.image(tokens, x)) + x
+
+
+class FusedUpLevel(unet_sd.UpLevel):
+    """Hands its residual blocks both parts of what they read, where they need no concatenation."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        for index, resnet in enumerate(self.resnets):
+            skip = skips.pop()
+            if is_plain(resnet, FusedResnetBlock):
+                x = resnet(x, emb, skip)
+            else:
+                x = resnet(torch.cat([x, skip], dim=1), emb)
+            if self.attentions:
+                x = self.attentions[index](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1])
+        return x
 
 
 class FusedUpsample(unet_sd.Upsample):
@@ -71,6 +91,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         yield from _sites.block(name, module, unet_sd.TransformerBlock, FusedTransformerBlock)
     elif isinstance(module, unet_sd.Transformer):
         yield from _sites.transformer(name, module, unet_sd.Transformer, FusedTransformer)
+    elif isinstance(module, unet_sd.UpLevel):
+        yield from _sites.caller(name, module, unet_sd.UpLevel, FusedUpLevel)
     elif isinstance(module, unet_sd.Upsample):
         yield from _sites.upsample(name, module, module.conv, unet_sd.Upsample, FusedUpsample)
     elif isinstance(module, unet_sd.UNet):

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastunet._plain import is_plain
 from fastunet._time_projection import project
-from fastunet.nn.convolution import convolve, pointwise, shift_by
+from fastunet.nn.convolution import add_shortcut, adds_shortcut, convolve, shift_by
 from fastunet.nn.group_norm import normalize
 
 LAYERS = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
@@ -81,11 +82,17 @@ class ResnetBlock(nn.Module):
         return residual(self, x, emb)
 
 
-def residual(block: Any, x: Tensor, emb: Tensor | None) -> Tensor:
-    """The block's forward with both norms fused; every other layer is called as it is."""
+def residual(block: Any, x: Tensor, emb: Tensor | None, skip: Tensor | None = None) -> Tensor:
+    """The block's forward over concat(x, skip), with both norms fused.
+
+    Every other layer is called as it is. What would read the concatenation reads its parts, if all
+    that do can.
+    """
     silu = is_plain(block.nonlinearity, nn.SiLU)
     activation = "silu" if silu else None
-    h = normalize(block.norm1, x, activation=activation)
+    if skip is not None and not _reads_apart(block, x, skip):
+        x, skip = torch.cat([x, skip], dim=1), None
+    h = normalize(block.norm1, x, skip=skip, activation=activation)
     h = h if silu else block.nonlinearity(h)
     for name in RESAMPLERS:
         resample = getattr(block, name, None)
@@ -102,11 +109,18 @@ def residual(block: Any, x: Tensor, emb: Tensor | None) -> Tensor:
             shift, scale_shift = None, shift.expand(len(h), -1)
     shift = shift_by(h, shift, bias)
     h = normalize(block.norm2, h, shift=shift, scale_shift=scale_shift, activation=activation)
-    h = block.conv2(block.dropout(h if silu else block.nonlinearity(h)))
-    if block.conv_shortcut is not None:
-        x = pointwise(block.conv_shortcut, x)
+    h = block.dropout(h if silu else block.nonlinearity(h))
+    if block.conv_shortcut is None:
+        h = x + block.conv2(h)
+    else:
+        h = add_shortcut(block.conv2, h, block.conv_shortcut, x, skip)
     factor = getattr(block, "output_scale_factor", 1.0)
-    return x + h if factor == 1.0 else (x + h) / factor
+    return h if factor == 1.0 else h / factor
+
+
+def _reads_apart(block: Any, x: Tensor, skip: Tensor) -> bool:
+    resamples = any(getattr(block, name, None) is not None for name in RESAMPLERS)
+    return not resamples and adds_shortcut(block.conv2, block.conv_shortcut, x, skip)
 
 
 def unlike_plain(block: Any) -> tuple[str, str] | None:

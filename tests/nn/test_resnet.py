@@ -8,8 +8,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import small_unets
-from fastunet.kernels import use_backend
+from fastunet.kernels import recording, use_backend
 from fastunet.nn import ResnetBlock, convolution
+from fastunet.nn.resnet import residual
 from fastunet.testing import DTYPES, assert_gradients, assert_parity, compare
 from layers import assert_trains
 
@@ -144,6 +145,40 @@ def test_a_convolution_that_is_not_plain_keeps_its_bias(block):
         hook.remove()
         conv.bias = None
         assert convolution.convolve(conv, x)[1] is None
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_skip_is_as_good_as_a_concatenation(dtype, device):
+    """24 + 16 channels in 8 groups of 5: one group has channels of both."""
+    block = ResnetBlock(40, 32, 12, groups=8).to(device, dtype)
+    for parameter in block.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    x, skip = (torch.randn(2, c, 3, 3, device=device, dtype=dtype) for c in (24, 16))
+    emb = torch.randn(2, 12, device=device, dtype=dtype)
+
+    def plain(x, skip, emb):
+        with use_backend("torch"):
+            return of_dtype(block, torch.cat([x, skip], dim=1), emb)
+
+    with use_backend("triton"):
+        assert_parity(lambda x, skip, emb: residual(block, x, emb, skip), plain, x, skip, emb)
+        with recording() as ran:
+            residual(block, x, emb, skip)
+    assert ran == [("group_norm", "triton")] * 2
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("apart")
+def test_a_skip_into_a_block_that_cannot_read_it_apart():
+    x, skip, emb = torch.randn(2, 24, 4, 4), torch.randn(2, 16, 4, 4), torch.randn(2, 12)
+    both = torch.cat([x, skip], dim=1)
+    for options in ({"out_channels": 40}, {"out_channels": 32, "up": True}):
+        block = ResnetBlock2D(in_channels=40, temb_channels=12, groups=8, **options)
+        block, inputs = block.half(), [each.half() for each in (x, emb, skip)]
+        expected = residual(block, both.half(), inputs[1])
+        assert torch.equal(residual(block, *inputs), expected)
 
 
 def test_sizes_that_do_not_fit_are_named():
