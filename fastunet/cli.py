@@ -110,12 +110,16 @@ def warmup(
     target: Annotated[
         str | None, typer.Option(help="A GPU that need not be here, as sm_90 or gfx942.")
     ] = None,
+    training: Annotated[bool, typer.Option("--training", help="For steps of training.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compile a U-Net's kernels for inference into Triton's cache; exit code 1 if others are left.
 
     For the GPU of this machine, or for --target without any; nothing is run, and no weights are
     needed. Then other resolutions and batch sizes are swept, which must compile nothing more.
+
+    --training is for steps of training instead: of all weights, and of attention's alone, as under
+    a LoRA; with weights in --dtype, and with fp32 weights under autocast to it.
     """
     if importlib.util.find_spec("triton") is None or interpreter.active():
         why_not = "TRITON_INTERPRET is on" if interpreter.active() else "Triton is not installed"
@@ -133,7 +137,8 @@ def warmup(
             warm = warmup(
                 getattr(models, config.name.upper()), parse_sizes(size),
                 batch=batch, dtype=getattr(torch, dtype.value), channels_last=channels_last,
-                target=target, say=lambda text: progress.update(task, description=text),
+                target=target, training=training,
+                say=lambda text: progress.update(task, description=text),
             )  # fmt: skip
     except (ValueError, RuntimeError) as reason:
         typer.echo(reason, err=True)

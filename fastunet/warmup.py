@@ -1,6 +1,7 @@
 """Compile the kernels of a U-Net ahead, and prove that other sizes then compile nothing."""
 
 import contextlib
+import functools
 import itertools
 import re
 import warnings
@@ -15,6 +16,7 @@ from rich.text import Text
 from triton import knobs
 
 from fastunet import dry_run, offline
+from fastunet.kernels import _launch
 from fastunet.models import UNetConfig
 
 PIXELS = 8  # of an image for one of its latent image, along a side
@@ -22,8 +24,12 @@ BATCHES = (1, 4, 8, 2)
 # (width, height) in pixels of the sweep, beside those that were asked for.
 SIZES = ((512, 512), (768, 512), (768, 768), (1024, 768), (1024, 1024), (576, 576))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# By the number of processors a backward pass decides how many partial sums it takes, and in which
+# dtype they are: with few of them there is one, with many as many as there can be.
+PROCESSORS = (1, 1 << 20)
 
 Size = tuple[int, int]
+Call = Callable[[int, int, int], object]  # batch, height and width of the latent image
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Warmup:
     """What :func:`warmup` compiled for ``target`` into the folder ``cache``, and what it swept.
 
     A size is written as batch x width x height. ``anew`` are the kernels that the sweep still had
-    to compile, as (kernel, size).
+    to compile, as (kernel, size). ``training``: steps of training, not forward passes in inference.
     """
 
     target: str
@@ -50,6 +56,7 @@ class Warmup:
     kernels: list[Kernel]
     sweep: list[str]
     anew: list[tuple[str, str]]
+    training: bool = False
 
     @property
     def passed(self) -> bool:
@@ -60,6 +67,7 @@ class Warmup:
         return {
             "passed": self.passed,
             "target": self.target,
+            "training": self.training,
             "cache": self.cache,
             "kernels": [dict(kernel.__dict__) for kernel in self.kernels],
             "sweep": list(self.sweep),
@@ -67,9 +75,10 @@ class Warmup:
         }
 
     def __rich__(self) -> RenderableType:
+        calls = "steps of training" if self.training else "inference"
         table = Table(
-            title=self.target, title_justify="left", title_style="bold", header_style="dim",
-            box=None, pad_edge=False, padding=(0, 1, 0, 0),
+            title=f"{self.target}, {calls}", title_justify="left", title_style="bold",
+            header_style="dim", box=None, pad_edge=False, padding=(0, 1, 0, 0),
         )  # fmt: skip
         table.add_column("kernel")
         for name in ("variants", "compiled", "seconds"):
@@ -95,9 +104,11 @@ def warmup(
     dtype: torch.dtype = torch.float16,
     channels_last: bool = False,
     target: str | None = None,
+    training: bool = False,
     say: Callable[[str], object] = lambda text: None,
 ) -> Warmup:
-    """Compile every kernel that an accelerated U-Net launches in inference, and run none.
+    """Compile every kernel that an accelerated U-Net launches in inference, or in a step of
+    training, and run none.
 
     They go into Triton's cache on the disk: TRITON_CACHE_DIR, or ~/.triton/cache. A process finds
     them there that has such a GPU, the same build of Triton, the same fastunet, and the folder
@@ -105,19 +116,25 @@ def warmup(
     these sizes launches the same kernels. Weights take no memory. No other thread may launch a
     kernel meanwhile.
 
-    Then other resolutions and batch sizes are swept. In NCHW an image compiles variants of its own
-    if its pixels on some level of the U-Net are no multiple of 16; only sizes that are like one of
-    ``sizes`` in this are swept.
+    Then other resolutions and batch sizes are swept. In NCHW, and in training in either layout, an
+    image compiles variants of its own if its pixels on some level of the U-Net are no multiple of
+    16; only sizes that are like one of ``sizes`` in this are swept.
+
+    In training, where all weights may train or those of attention alone (as under a LoRA), other
+    kernels are launched, and so with weights in fp32 under autocast and with weights in 16 bits:
+    all of these are compiled.
 
     Args:
         config: the U-Net's, such as ``fastunet.models.SD15``.
         sizes: (width, height) of the images in pixels, multiples of 8.
         batch: samples of a call; classifier-free guidance makes two of one image.
-        dtype: of weights and activations: float16, bfloat16 or float32.
+        dtype: of weights and activations: float16, bfloat16 or float32; in training in 16 bits
+            also that of autocast over weights in fp32.
         channels_last: the layout of weights and activations.
         target: a name of ``fastunet.offline.TARGETS`` (sm_90), for a GPU that need not be there;
             how many processors it has makes no difference to what is compiled. None is the GPU of
             this machine.
+        training: forward and backward, in place of a forward pass in inference.
         say: is told what is being done, in a short line each time.
 
     Raises:
@@ -127,7 +144,8 @@ def warmup(
     """
     check_arguments(config, sizes, batch, dtype)
     device = _device(target)
-    unet = dry_run.unet(config, dtype, channels_last)
+    calls = (_steps if training else _forward_pass)(config, dtype, channels_last)
+    processors = PROCESSORS if training else (device.multiprocessors,)
     count = itertools.count(1)
 
     def tell(made: offline.Compilation) -> None:
@@ -136,20 +154,23 @@ def warmup(
     def run(samples: int, size: Size) -> None:
         width, height = size
         with _every_kernel_compiles():
-            dry_run.forward(unet, samples, height // PIXELS, width // PIXELS)
+            for call in calls:
+                call(samples, height // PIXELS, width // PIXELS)
 
     with offline.compiling(device, tell) as launches:
-        for size in sizes:
-            run(batch, size)
+        for size, number in itertools.product(sizes, processors):
+            with offline.replaced(_launch, processors=lambda tensor, number=number: number):
+                run(batch, size)
         kernels = _by_name(launches.compilations)
         swept, anew = [], []
-        for samples, size in _sweep(config, sizes, batch, channels_last):
+        any_size = channels_last and not training
+        for samples, size in _sweep(config, sizes, batch, any_size):
             swept.append(f"{samples}x{size[0]}x{size[1]}")
             say(f"{device.name}: sweep, {swept[-1]}")
             before = len(launches.compilations)
             run(samples, size)
             anew += [(made.kernel, swept[-1]) for made in launches.compilations[before:]]
-    return Warmup(device.name, knobs.cache.dir, kernels, swept, anew)
+    return Warmup(device.name, knobs.cache.dir, kernels, swept, anew, training)
 
 
 def parse_sizes(text: str) -> list[Size]:
@@ -183,6 +204,24 @@ def check_arguments(
         raise ValueError(f"batch ({batch}) must be at least 1")
     if dtype not in DTYPES:
         raise ValueError(f"dtype ({dtype}) must be one of {', '.join(map(str, DTYPES))}")
+
+
+def _forward_pass(config: UNetConfig, dtype: torch.dtype, channels_last: bool) -> list[Call]:
+    return [functools.partial(dry_run.forward, dry_run.unet(config, dtype, channels_last))]
+
+
+def _steps(config: UNetConfig, dtype: torch.dtype, channels_last: bool) -> list[Call]:
+    """A step of each kind of training: which weights train, and whether under autocast."""
+    kinds: list[tuple[torch.dtype, torch.dtype | None]] = [(dtype, None)]
+    if dtype != torch.float32:
+        kinds.append((torch.float32, dtype))
+    return [
+        functools.partial(
+            dry_run.step, dry_run.unet(config, weights, channels_last, train), autocast=autocast
+        )
+        for weights, autocast in kinds
+        for train in dry_run.TRAIN
+    ]
 
 
 def _device(target: str | None) -> offline.Device:
@@ -230,12 +269,12 @@ def _total(kernels: Sequence[Kernel]) -> Kernel:
 
 
 def _sweep(
-    config: UNetConfig, sizes: Sequence[Size], batch: int, channels_last: bool
+    config: UNetConfig, sizes: Sequence[Size], batch: int, any_size: bool
 ) -> Iterator[tuple[int, Size]]:
     """(batch, size) of the calls that compile nothing after those of ``sizes``."""
     batches = itertools.cycle(other for other in BATCHES if other != batch)
     known = [_alignment(config, size) for size in sizes]
-    others = [size for size in SIZES if channels_last or _alike(_alignment(config, size), known)]
+    others = [size for size in SIZES if any_size or _alike(_alignment(config, size), known)]
     for size in dict.fromkeys([*sizes, *others]):
         yield next(batches), size
 

@@ -21,7 +21,7 @@ from fastunet.kernels._attention_tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _d_key_value_kernel(
     d_key_ptr,  # [slices, B, N, H*D] contiguous, or None
     d_value_ptr,  # [slices, B, N, H*D] contiguous, or None

@@ -10,6 +10,8 @@ from typing_extensions import Self
 from fastunet import kernels
 from fastunet._plain import is_plain
 
+DEVICES = {"cuda"}  # where autocast runs norms in fp32
+
 
 class GroupNorm(nn.GroupNorm):
     """``nn.GroupNorm`` fused, in the layout that it is given."""
@@ -86,8 +88,7 @@ def fused_norm(
     tokens: bool = False,
 ) -> Tensor:
     weight, bias = norm.weight, norm.bias
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        # Autocast runs group_norm in fp32 on a GPU, and so does what replaces it.
+    if widens(x):
         x = x.float()
         weight, bias, shift, scale_shift, skip = (
             t if t is None else t.float() for t in (weight, bias, shift, scale_shift, skip)
@@ -96,3 +97,8 @@ def fused_norm(
         x, norm.num_groups, weight, bias, norm.eps,
         shift=shift, scale_shift=scale_shift, skip=skip, activation=activation, tokens=tokens,
     )  # fmt: skip
+
+
+def widens(x: Tensor) -> bool:
+    """Whether autocast runs PyTorch's norms over x in fp32, and so what replaces them."""
+    return x.device.type in DEVICES and torch.is_autocast_enabled(x.device.type)

@@ -6,6 +6,7 @@ from typing_extensions import Self
 
 from fastunet import kernels
 from fastunet._plain import is_plain
+from fastunet.nn.group_norm import widens
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -38,8 +39,7 @@ class AddLayerNorm(nn.LayerNorm):
         # As an addition does: 16 bits beside fp32, which autocast gives, are fp32.
         dtype = torch.promote_types(x.dtype, residual.dtype)
         weight, bias, wide = self.weight, self.bias, dtype
-        if x.is_cuda and torch.is_autocast_enabled("cuda"):
-            # Autocast runs layer_norm in fp32 on a GPU, and so does what replaces it.
+        if widens(x):
             weight, bias = (p if p is None else p.float() for p in (weight, bias))
             wide = torch.float32
         total, normed = kernels.add_layer_norm(

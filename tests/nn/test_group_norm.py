@@ -9,7 +9,7 @@ from torch import nn
 
 import small_unets
 from fastunet.kernels import use_backend
-from fastunet.nn import GroupNorm, GroupNormSiLU
+from fastunet.nn import GroupNorm, GroupNormSiLU, group_norm
 from fastunet.nn.group_norm import normalize
 from fastunet.testing import DTYPES, assert_parity
 from layers import assert_trains
@@ -92,6 +92,18 @@ def test_autocast_gives_eagers_dtype(norm, dtype, x_dtype, device):
     x = torch.randn(2, 16, 3, 3, dtype=x_dtype or dtype, device=device)
     with torch.autocast(device, dtype), use_backend("torch"):
         assert GroupNorm.from_layer(norm)(x).dtype == norm(x).dtype
+
+
+@torch.no_grad()
+def test_autocast_on_a_gpu_norms_in_fp32(norm, monkeypatch):
+    """There group_norm is on autocast's list."""
+    device = norm.weight.device.type
+    monkeypatch.setattr(group_norm, "DEVICES", {device})
+    x = torch.randn(2, 16, 3, 3, device=device).half()
+    with torch.autocast(device, torch.float16), use_backend("torch"):
+        normed = GroupNorm.from_layer(norm.half())(x)
+    assert normed.dtype == torch.float32
+    torch.testing.assert_close(normed, norm.float()(x.float()))
 
 
 def test_only_norms_are_taken():
