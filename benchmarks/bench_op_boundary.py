@@ -4,24 +4,29 @@ the public function in inference, of torch.ops.fastunet, and a training step thr
 The time is the CPU's alone, so a figure means the same with or without a GPU.
 """
 
+import time
+
 import pytest
 import torch
 
 import op_calls
 from fastunet import kernels
-from fastunet.kernels import _launch
+from fastunet.kernels import _launch, _plan
 
 PATHS = ["launcher", "inference", "registered", "training"]
 
 
+@pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("op", op_calls.OPS)
 def bench_op_boundary(op, path, benchmark, monkeypatch):
     operator = op_calls.operator(op)
-    monkeypatch.setattr(operator, "forward", lambda *args, save: operator.fake(*args))
-    monkeypatch.setattr(
-        operator, "backward", lambda *args, needs: operator.fake_backward(*args, needs)
-    )
+    launchers = {
+        "forward": lambda *args, save: operator.fake(*args),
+        "backward": lambda *args, needs: operator.fake_backward(*args, needs),
+    }
+    for name, launcher in launchers.items():
+        monkeypatch.setattr(operator, name, _plan.Launcher(launcher))
     monkeypatch.setattr(_launch, "why_not_triton", with_kernels(_launch.why_not_triton))
     made = op_calls.arguments(op)
     values = op_calls.in_order(op, made)

@@ -82,14 +82,25 @@ class Gradients(torch.autograd.Function):
             training = _Training(kept, plan is not None)
             if plan is not None:
                 plan.training = training
-        ctx.operator, ctx.fallback, ctx.training = operator, args[-1], training
+        ctx.call = operator, training, args[-1]
         ctx.save_for_backward(*[kept[at] for at in training.saved])
         ctx.set_materialize_grads(False)
         return results[0] if returned == 1 else tuple(results[:returned])
 
+    @classmethod
+    def apply_planned(cls, *args: Any) -> Any:
+        """``apply`` but for its search for tensors that a transform left behind, of which a call
+        that is planned has none.
+        """
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        base: Any = super(torch.autograd.Function, cls)
+        return base.apply(*args)
+
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        training, given = ctx.training, (*grads[: ctx.operator.results], *ctx.saved_tensors)
+        operator, training, _ = ctx.call
+        given = *grads[: operator.results], *ctx.saved_tensors
         tensors = [tensor for tensor in given if tensor is not None]
         if not training.planned or _launch.any_broken() or _is_watched(tensors):
             return _gradients_of(ctx, given)
@@ -108,16 +119,17 @@ def _gradients_of(ctx: Any, given: Sequence[Any], kind: Any = None) -> tuple[Any
         given: the gradients of the results, then what was saved.
         kind: of these, where the next such gradients may come by their plan.
     """
-    operator, grads = ctx.operator, given[: ctx.operator.results]
+    operator, training, fallback = ctx.call
+    grads = given[: operator.results]
     places = range(len(ctx.needs_input_grad))
     wanted = {2 + at: i for at, i in operator.gradients if ctx.needs_input_grad[2 + at]}
     needs = [i in wanted.values() for i in range(1 + max(i for _, i in operator.gradients))]
     args, tensors, results = [], [], []
     if any(needs) and any(grad is not None for grad in grads):
-        args = [*grads, *ctx.training.kept(given[len(grads) :])]
+        args = [*grads, *training.kept(given[len(grads) :])]
         tensors = tensors_of(args)
         through = operator.registered_backward if _is_watched(tensors) else operator.run_backward
-        results = through(*args, needs, ctx.fallback)
+        results = through(*args, needs, fallback)
     found = {index: at for at, index in enumerate(positions(needs))} if results else {}
     found[-1] = len(results)
     of_arguments = itemgetter(*(found.get(wanted.get(at), len(results) + 1) for at in places))
@@ -125,7 +137,7 @@ def _gradients_of(ctx: Any, given: Sequence[Any], kind: Any = None) -> tuple[Any
     if kind is not None and results:
         plan = operator.backward.plan(tensors, args, needs=needs)
     if plan is not None:
-        ctx.training.remember(kind, _Known(plan, of_arguments))
+        training.remember(kind, _Known(plan, of_arguments))
     return of_arguments([*results, grads[0], None])
 
 

@@ -143,7 +143,7 @@ class Operator:
     ) -> Any:
         """A call whose kind has been here before: nothing is left to check or to choose."""
         if plan.saves:
-            return Gradients.apply(self, (plan, tensors), *args, fallback)
+            return Gradients.apply_planned(self, (plan, tensors), *args, fallback)
         results = _launch.on_its_device(tensors[0].device, plan, (tensors,), {})
         _launch.note(self.name, "triton")
         return results[0] if self.results == 1 else tuple(results[: self.results])

@@ -4,7 +4,7 @@ Triton's ``compiled[grid](...)`` asks for device and stream, and gathers what ho
 each launch. Where nobody hooks launches a plan calls what stands below that, and asks once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from operator import itemgetter
@@ -13,18 +13,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.runtime.driver import driver
 
 # Triton's versions whose compiled kernels are launched, below compiled[grid], with these arguments.
 _KNOWN = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7))
+_knobs: Any = getattr(triton, "knobs", None)  # old versions have none
 
 
 def stream() -> int | None:
     """The current device's; None where launches have to go Triton's own way."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if not _KNOWN:
+        return None
+    enter, leave = _knobs.runtime.launch_enter_hook, _knobs.runtime.launch_exit_hook
     # A hook, or a chain of them: Proton's profiler joins that.
-    if not _KNOWN or any(getattr(hook, "calls", hook) for hook in hooks):
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
         return None
     active: Any = driver.active
     return active.get_current_stream(active.get_current_device())
@@ -104,7 +106,8 @@ class Launch:
             *[next(addresses if type(arg) is Address else constants) for arg in args]
         )
         self._usual, self._grid = compiled[grid], grid
-        self._below = compiled.run, compiled.function, compiled.packed_metadata
+        if _KNOWN:
+            self._below = compiled.run, compiled.function, compiled.packed_metadata
 
     def run(self, held: list[Tensor], current: int | None) -> None:
         addresses = [held[at].data_ptr() + offset for at, offset in self._addresses]
@@ -117,7 +120,7 @@ class Launch:
 
 
 # PyTorch's own bindings of what launchers end with: a call by torch.ops takes longer.
-_BINDINGS: dict[Any, Callable[..., Any]] = {
+_BINDINGS: dict[Any, Any] = {
     torch.ops.aten.copy_.default: Tensor.copy_,
     torch.ops.aten.sum.dim_IntList: torch.sum,
 }
@@ -135,7 +138,7 @@ class Operation:
     def __init__(
         self, at: int | None, function: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
-        self._function: Callable[..., Any] = _BINDINGS.get(function, function)
+        self._function: Any = _BINDINGS.get(function, function)
         self._at, self._args, self._kwargs = at, args, kwargs
 
     def run(self, held: list[Tensor], current: int | None) -> None:

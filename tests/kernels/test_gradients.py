@@ -97,15 +97,15 @@ def test_gradients_by_their_plan_are_the_launchers(op):
 
 
 @pytest.mark.parametrize("op", op_calls.OPS)
-def test_each_argument_alone(op):
+def test_each_argument_alone_and_then_all(op):
     """Which gradients are wanted is a part of their kind."""
-    step = warmed(op)
-    for name in op_calls.differentiable(op, step._made):
-        alone = Step(op, step._made, [name])
+    made = op_calls.arguments(op)
+    names = op_calls.differentiable(op, made)
+    for wanted in (*([name] for name in names), names):
+        step = Step(op, made, wanted)
         for _ in range(4):
-            found = alone()
-        assert_same(found, alone.unplanned())
-    step()
+            found = step()
+        assert_same(found, step.unplanned())
 
 
 def unaligned(grad):
