@@ -61,10 +61,15 @@ def merges(layers: Sequence[Any], x: Tensor) -> bool:
     return _is_eager_inference(x) and _plain(layers) and _in_a_row(layers)
 
 
-def together(layers: Sequence[Any], x: Tensor) -> Sequence[Tensor]:
-    """``[layer(x) for layer in layers]`` by one product; for layers that :func:`merges`."""
+def together(layers: Sequence[Any], x: Tensor, added: Tensor | None = None) -> Sequence[Tensor]:
+    """``[layer(x) for layer in layers]`` by one product; for layers that :func:`merges`.
+
+    ``added`` is added to their results side by side, of one sample.
+    """
     weights, biases = _parameters(layers)
-    bias = None if biases[0] is None else _whole(biases)
+    bias = added
+    if biases[0] is not None:
+        bias = _whole(biases) if added is None else _whole(biases) + added
     return torch.split_with_sizes(F.linear(x, _whole(weights), bias), _rows(weights), dim=-1)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import small_unets
 from exact import exact
 from fastunet import _merged, _time_projection
 from fastunet.kernels import use_backend
+from fastunet.nn import convolution
 from fastunet.testing import compare
 
 
@@ -90,14 +92,73 @@ def emb_of(block):
     return torch.randn(2, block.time_emb_proj.in_features)
 
 
-def shift(block, emb):
-    return _time_projection.project(block, block.time_emb_proj, block.nonlinearity, emb)
+def shift(block, emb, bias=None):
+    return _time_projection.project(block, block.time_emb_proj, block.nonlinearity, emb, bias)
 
 
-def expected(block, emb):
-    return nn.functional.linear(
+def expected(block, emb, bias=0):
+    return bias + nn.functional.linear(
         nn.functional.silu(emb), block.time_emb_proj.weight, block.time_emb_proj.bias
     )
+
+
+def test_the_biases_of_convolutions_are_a_part_of_the_product(models):
+    block, other, third, *_ = blocks(models[0])
+    emb = emb_of(block)
+    first, second = (shift(each, emb, each.conv1.bias) for each in (block, other))
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()  # no sum
+    torch.testing.assert_close(first, expected(block, emb, block.conv1.bias))
+    torch.testing.assert_close(second, expected(other, emb, other.conv1.bias))
+    # A block that has or wants another one by now.
+    torch.testing.assert_close(shift(third, emb), expected(third, emb))
+    shift(block, emb, block.conv1.bias)  # all anew
+    third.conv1.bias = nn.Parameter(third.conv1.bias + 3)
+    torch.testing.assert_close(
+        shift(third, emb, third.conv1.bias), expected(third, emb, third.conv1.bias)
+    )
+
+
+def no_bias(block):
+    block.conv1.bias = None
+
+
+def wide_bias(block):
+    block.conv1.bias = nn.Parameter(block.conv1.bias.double())
+
+
+def called_around(block):
+    block.conv1.register_forward_hook(lambda layer, args, output: output + 1)
+
+
+def scaled(block):
+    block.time_embedding_norm = "scale_shift"
+    layer = block.time_emb_proj
+    block.time_emb_proj = nn.Linear(layer.in_features, 2 * layer.out_features)
+
+
+@pytest.mark.parametrize("change", [no_bias, wide_bias, called_around, scaled])
+def test_where_one_has_no_such_bias_each_adds_its_own(change, models):
+    ours, eager, _ = models
+    fastunet.restore(ours)
+    change(blocks(ours)[1])
+    fastunet.accelerate(ours)
+    block, changed, other, *_ = blocks(ours)
+    emb = emb_of(block)
+    for each in (block, other):
+        found = shift(each, emb, each.conv1.bias)
+        torch.testing.assert_close(found, expected(each, emb, each.conv1.bias))
+    torch.testing.assert_close(shift(changed, emb), expected(changed, emb))
+
+
+def test_a_model_adds_each_bias_once(models, monkeypatch):
+    """With convolutions taken apart as on a GPU."""
+    ours, eager, args = models
+    monkeypatch.setattr(convolution, "DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr(convolution, "_launch", SimpleNamespace(asked=lambda backend: "triton"))
+    for model in (ours, eager):
+        for block in blocks(model):
+            block.conv1.bias.add_(2)
+    torch.testing.assert_close(*(small_unets.run(m, *args) for m in (ours, eager)))
 
 
 def test_an_embedding_that_comes_again_meets_the_weights_of_then(models):

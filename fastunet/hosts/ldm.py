@@ -19,7 +19,7 @@ from fastunet.hosts._sites import added_norms
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn.attention import attend
-from fastunet.nn.convolution import add_shortcut, convolve, shift_by
+from fastunet.nn.convolution import add_shortcut, convolve
 from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.upsample import fits, is_on, pays, upsample_conv
@@ -37,11 +37,13 @@ class FusedResBlock:
         h = _norm(norm, x, activation)
         if getattr(self, "updown", False):  # improved-diffusion has none
             h, x = self.h_upd(h), self.x_upd(x)
-        h, bias = convolve(conv, h)
-        shift, scale_shift = _time_shift(self, emb).type(h.dtype), None  # [N, C], or [N, 2 C]
+        h, shift = convolve(conv, h)  # [C], the bias, or None
+        scale_shift = None
         if self.use_scale_shift_norm:
-            shift, scale_shift = None, shift.expand(len(h), -1)
-        shift = shift_by(h, shift, bias)
+            scale_shift = _time_shift(self, emb).type(h.dtype).expand(len(h), -1)
+        else:
+            shift = _time_shift(self, emb, shift).type(h.dtype)  # [N, C]
+        shift = None if shift is None else shift.expand(len(h), -1)
         norm, activation, *rest, conv = self.out_layers
         h = _norm(norm, h, activation, shift=shift, scale_shift=scale_shift)
         for layer in rest:
@@ -49,11 +51,11 @@ class FusedResBlock:
         return add_shortcut(conv, h, self.skip_connection, x)
 
 
-def _time_shift(block: Any, emb: Tensor) -> Tensor:
+def _time_shift(block: Any, emb: Tensor, bias: Tensor | None = None) -> Tensor:
     layers = block.emb_layers
     if is_plain(layers, nn.Sequential) and len(layers) == 2:
-        return project(block, layers[1], layers[0], emb)
-    return layers(emb)
+        return project(block, layers[1], layers[0], emb, bias)
+    return layers(emb) if bias is None else layers(emb) + bias
 
 
 def unlike_res_block(block: Any) -> tuple[str, str] | None:
@@ -145,8 +147,11 @@ class FusedResnetBlock:
     """For the ``ResnetBlock`` of the autoencoder, whose SiLU is a function."""
 
     def forward(self: Any, x: Tensor, temb: Tensor | None) -> Tensor:
-        h, bias = convolve(self.conv1, normalize(self.norm1, x, activation="silu"))
-        shift = shift_by(h, None if temb is None else self.temb_proj(F.silu(temb)), bias)
+        h, shift = convolve(self.conv1, normalize(self.norm1, x, activation="silu"))
+        if temb is not None:
+            time = self.temb_proj(F.silu(temb))
+            shift = time if shift is None else time + shift
+        shift = None if shift is None else shift.expand(len(h), -1)
         h = normalize(self.norm2, h, shift=shift, activation="silu")
         h = self.dropout(h)
         if self.in_channels == self.out_channels:

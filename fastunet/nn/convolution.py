@@ -25,15 +25,6 @@ def convolve(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return conv._conv_forward(x, conv.weight, None), conv.bias  # pyright: ignore
 
 
-def shift_by(h: Tensor, shift: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """What a norm adds to h [N, C, *S]: shift [N, C] or [1, C], and a bias [C], each or None."""
-    if shift is not None and bias is not None:
-        shift = shift + bias
-    else:
-        shift = bias if shift is None else shift
-    return None if shift is None else shift.expand(len(h), -1)
-
-
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x). Of 1x1 and in channels_last it is a product, which adds the bias itself."""
     if not (x.dim() == 4 and _is_nhwc(x) and is_product(conv, x)):

@@ -8,7 +8,7 @@ from typing_extensions import Self
 
 from fastunet._plain import is_plain
 from fastunet._time_projection import project
-from fastunet.nn.convolution import add_shortcut, adds_shortcut, convolve, shift_by
+from fastunet.nn.convolution import add_shortcut, adds_shortcut, convolve
 from fastunet.nn.group_norm import normalize
 
 LAYERS = ("norm1", "conv1", "norm2", "dropout", "conv2", "nonlinearity")
@@ -98,16 +98,17 @@ def residual(block: Any, x: Tensor, emb: Tensor | None, skip: Tensor | None = No
         resample = getattr(block, name, None)
         if resample is not None:
             x, h = resample(x), resample(h)
-    h, bias = convolve(block.conv1, h)
-    shift = scale_shift = None
+    h, shift = convolve(block.conv1, h)  # [C], the bias, or None
+    scale_shift = None
     if block.time_emb_proj is not None:
         if emb is None:
             raise ValueError("emb must be given to a block with time_emb_proj, got None")
         acts = None if getattr(block, "skip_time_act", False) else block.nonlinearity
-        shift = project(block, block.time_emb_proj, acts, emb)  # [N, C], or [1, C] for the batch
         if getattr(block, "time_embedding_norm", "default") == "scale_shift":
-            shift, scale_shift = None, shift.expand(len(h), -1)
-    shift = shift_by(h, shift, bias)
+            scale_shift = project(block, block.time_emb_proj, acts, emb).expand(len(h), -1)
+        else:  # [N, C], or [1, C] for the batch
+            shift = project(block, block.time_emb_proj, acts, emb, shift)
+    shift = None if shift is None else shift.expand(len(h), -1)
     h = normalize(block.norm2, h, shift=shift, scale_shift=scale_shift, activation=activation)
     h = block.dropout(h if silu else block.nonlinearity(h))
     if block.conv_shortcut is None:
