@@ -36,13 +36,15 @@ TRAIN = ("all", "attention")
 
 
 class _Unwritten(TorchDispatchMode):
-    """Ops of PyTorch give unwritten tensors, backward too. Views, and what reads a value, run."""
+    """Ops of PyTorch, forward and backward, give unwritten tensors. Views run, and so do factories
+    (of small tensors, in a U-Net) and what reads a value.
+    """
 
     _known: ClassVar[dict[Any, Any]] = {}  # (op, kinds of its arguments) -> results on meta
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "aten" or not _writes_a_new_tensor(func, args):
+        if func.namespace != "aten" or not _computes(func, args):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return kwargs.get("out", args[0])
@@ -52,8 +54,8 @@ class _Unwritten(TorchDispatchMode):
         return _map(_empty_like, self._known[key])
 
 
-def _writes_a_new_tensor(func: Any, args: Any) -> bool:
-    """Or into one that there is. A factory's tensor is small, or left unwritten by PyTorch."""
+def _computes(func: Any, args: Any) -> bool:
+    """Whether an op makes tensors of tensors, and neither a view nor an unwritten one."""
     gives = any(isinstance(each.type, torch.TensorType) for each in func._schema.returns)
     lists = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args)
     reads = any(isinstance(each, Tensor) for values in lists for each in values)
@@ -180,19 +182,12 @@ def step(
     """A forward pass, under autocast to a dtype or under none, and the gradients of all weights
     that require one.
     """
+    args, kwargs = make_inputs(unet, batch, height, width)
+    weights = [weight for weight in unet.parameters() if weight.requires_grad]
     with use_backend("auto"), as_on_a_gpu(), unwritten():
-        differentiate(unet, *make_inputs(unet, batch, height, width), autocast)
-
-
-def differentiate(
-    model: torch.nn.Module, args: Any, kwargs: Any, autocast: torch.dtype | None
-) -> None:
-    """The gradients of the model's weights, of a call with these arguments."""
-    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        output = model(*args, **kwargs)
-    output = output if isinstance(output, Tensor) else output[0]
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    torch.autograd.grad(output, weights, torch.empty_like(output))
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            output = unet(*args, **kwargs)
+        torch.autograd.grad(output, weights, torch.empty_like(output))
 
 
 def make_inputs(
