@@ -6,6 +6,7 @@ job, which compiles kernels and runs nothing (tests/offline). With a GPU one job
 natively.
 """
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -44,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--models", type=int, default=100, help="random models of tests/hosts/test_random.py"
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: the collector need not look at all of it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
