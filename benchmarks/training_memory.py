@@ -95,8 +95,8 @@ def saved_by(node: Any) -> Iterator[Tensor]:
 
 
 def row_of(node: Any) -> str:
-    operator = getattr(node, "operator", None)  # of ours
-    return NODES.get(node.name() if operator is None else operator.name, OTHER)
+    call = getattr(node, "call", None)  # of ours: its operator first
+    return NODES.get(node.name() if call is None else call[0].name, OTHER)
 
 
 def attend(
