@@ -1,5 +1,6 @@
 """The repaired interpreter computes what a GPU would."""
 
+import itertools
 import subprocess
 import sys
 
@@ -320,6 +321,36 @@ def test_types_that_are_kept_are_told_apart():
     assert tl.block_type(tl.float32, [8, 2]).numel == 16
     tensors = [tl.tensor(None, tl.block_type(tl.float32, shape)) for shape in ([8, 2], [2, 8])]
     assert [[size.value for size in tensor.shape] for tensor in tensors] == [[8, 2], [2, 8]]
+
+
+@triton.jit
+def numbers_kernel(x, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    a = tl.load(x + i)
+    more = 3 - (a + 1.3)
+    tl.store(out + i, more)
+    tl.store(out + SIZE + i, a / 3)
+    tl.store(out + 2 * SIZE + i, a / more)
+    tl.store(out + 3 * SIZE, tl.load(x) + 1.3)
+
+
+def test_a_number_becomes_what_it_stands_beside_each_time():
+    """Sums stay fp16; quotients of fp16 are fp32. What was kept of one size is none of another."""
+    for dtype, size in itertools.product((torch.float32, torch.float16, torch.float32), (8, 4)):
+        x = torch.randn(size).to(dtype)
+        out = torch.empty(3 * size + 1)
+        numbers_kernel[(1,)](x, out, size)
+        more = 3 - (x + 1.3)
+        expected = [more, x.float() / 3, x.float() / more.float(), x[:1] + 1.3]
+        torch.testing.assert_close(out, torch.cat([e.float() for e in expected]), rtol=0, atol=0)
+
+
+def test_a_handle_refuses_data_that_is_too_wide():
+    from triton.runtime.interpreter import TensorHandle
+
+    for data, dtype in ((np.zeros(2, np.int64), tl.int32), (np.zeros(2, np.int16), tl.int1)):
+        with pytest.raises(ValueError, match="exceeds"):
+            TensorHandle(data, dtype)
 
 
 @triton.jit
