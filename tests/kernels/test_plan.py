@@ -239,9 +239,14 @@ def views_as_another_dtype(x, save):
     return (x.clone().view(torch.int32),)
 
 
-@pytest.mark.parametrize(
-    "function", [reads_a_value, returns_its_argument, makes_several, views_as_another_dtype]
-)
+def takes_a_list(x, save):
+    return (torch.cat([x, x]),)
+
+
+UNPLANNED = [reads_a_value, returns_its_argument, makes_several, views_as_another_dtype]
+
+
+@pytest.mark.parametrize("function", [*UNPLANNED, takes_a_list])
 def test_what_no_plan_can_hold_is_called_each_time(function):
     launcher = _plan.Launcher(function)
     for _ in range(4):
