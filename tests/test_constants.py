@@ -34,7 +34,6 @@ def computed():
 
 
 HOSTS = ["diffusers", "fastunet"]
-PROMPTS = 40  # many times as many as are kept
 
 
 class Loop:
@@ -357,8 +356,11 @@ def test_two_threads_take_turns_with_two_prompts_each(loop, graphed, monkeypatch
         assert len(loop.model.__dict__[graph.MARK]) == 1
 
 
-@pytest.mark.parametrize("loops, graphed", [(1, False), (1, True), (PROMPTS, False)])
-def test_memory_is_flat_over_many_prompts(loops, graphed, monkeypatch):
+@pytest.mark.parametrize("prompts", [40, pytest.param(200, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("alone, graphed", [(False, False), (False, True), (True, False)])
+def test_memory_is_flat_over_many_prompts(alone, graphed, prompts, monkeypatch):
+    """In one loop, or each in one of its own; many times as many as are kept."""
+    loops = prompts if alone else 1
     loop = Loop()
     if graphed:
         monkeypatch.setattr(graph, "Cuda", Recorded)
@@ -374,22 +376,22 @@ def test_memory_is_flat_over_many_prompts(loops, graphed, monkeypatch):
         values.extend(weakref.ref(each) for layer in crossed for each in kept.of(layer, text))
         _merged.linear.reset_mock()  # which holds what it was called with
         sizes.add(kept.nbytes)
-        if number in (PROMPTS // 4, PROMPTS - 1):
+        if number in (prompts // 4, prompts - 1):
             live[number] = count_tensors()
 
-    for first in range(0, PROMPTS, PROMPTS // loops):
+    for first in range(0, prompts, prompts // loops):
         with fastunet.sampling(loop.model) as kept:
-            for number in range(first, first + PROMPTS // loops):
+            for number in range(first, first + prompts // loops):
                 draw(number, kept)
             alive = sum(text() is not None for text in texts)
             assert alive == (_constants.MOST if loops == 1 else 1)
         assert kept.nbytes == 0
     gc.collect()
-    assert len(texts) == PROMPTS and not any(text() is not None for text in texts)
-    assert len(values) == 2 * PROMPTS * len(crossed) and not any(
+    assert len(texts) == prompts and not any(text() is not None for text in texts)
+    assert len(values) == 2 * prompts * len(crossed) and not any(
         value() is not None for value in values
     )
-    assert live[PROMPTS // 4] == live[PROMPTS - 1]
+    assert live[prompts // 4] == live[prompts - 1]
     one = sum(2 * 2 * 5 * 4 * layer.to_k.out_features for layer in crossed)
     assert sizes == {one * count for count in range(1, 1 + (_constants.MOST if loops == 1 else 1))}
 
