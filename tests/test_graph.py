@@ -104,6 +104,25 @@ def test_each_size_and_dtype_has_its_graph_and_few_are_kept(runs, monkeypatch):
     assert runs.counts == (graph.MOST + 4, before + 2)
 
 
+def test_the_one_that_was_used_last_is_kept(runs, monkeypatch):
+    monkeypatch.setattr(graph, "MOST", 2)
+    _, timestep, context = runs.args
+    first, second, third = (torch.randn(2, 4, side, 4) for side in (4, 6, 8))
+    for image in (first, first, second, second, first, third):
+        runs.same(image, timestep, context)
+    before = runs.counts
+    runs.same(first, timestep, context)
+    assert runs.counts == (before[0], before[1] + 1)
+
+
+def test_a_timestep_of_another_dtype_has_its_graph(runs):
+    image, timestep, context = runs.args
+    for _ in range(2):
+        runs.same(image, timestep, context)
+        runs.same(image, timestep + 0.5, context)
+    assert runs.counts[0] == 2
+
+
 @pytest.mark.parametrize("switch", ["conv", "matmul"])
 def test_another_precision_of_fp32_has_its_graph(switch, runs):
     backend = getattr(torch.backends.cudnn, "conv", None)
@@ -237,7 +256,20 @@ def test_outside_inference_nothing_is_captured(runs):
     runs.model.eval(), runs.eager.eval()
     with torch.inference_mode():
         for _ in range(3):
-            runs.same()
+            assert runs.same().is_inference()
+    assert runs.counts == (1, 2)
+    for _ in range(3):  # what comes out of it may be needed for gradients
+        assert not runs.same().is_inference()
+    assert runs.counts == (2, 4)
+
+
+def test_what_autocast_cast_before_the_capture_is_cast_within(runs):
+    with torch.autocast("cpu", torch.bfloat16):
+        runs.same(), runs.same()
+    for model in (runs.eager, runs.model):
+        model.conv_in.weight.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        runs.same()
     assert runs.counts == (1, 2)
 
 
