@@ -46,21 +46,22 @@ class Projections:
                 return None, None
             if not _merged.merges(self.layers, emb):
                 return None, None
-            biases: list[Any] = [None] * len(self.layers) if bias is None else self._biases(bias)
-            row = None if biases[0] is None else torch.cat(biases)
+            biases = self._biases(bias)
+            row = None if biases is None else torch.cat(biases)
             every = _merged.together(self.layers, F.silu(emb) if self.silu else emb, row)
-            found = zip(self.layers, every, biases, strict=True)
+            found = zip(self.layers, every, biases or [None] * len(every), strict=True)
             parts = {id(each): (part, added) for each, part, added in found}
             setattr(emb, PARTS, (self, emb._version, parts))
         return parts.pop(id(layer))
 
-    def _biases(self, like: Tensor) -> list[Any]:
-        """Those of all convolutions, if each has one that can be added; None for each elsewhere."""
+    def _biases(self, like: Tensor | None) -> list[Any] | None:
+        """Those of all convolutions, if each has one like this, which the product can add."""
+        if like is None or self.layers[0].weight.dtype != like.dtype:
+            return None
         kind = like.dtype, like.device
         biases = [each.bias if is_plain(each, nn.Conv2d) else None for each in self.convs]
-        alike = all(b is not None and (b.dtype, b.device) == kind for b in biases)
         return (
-            biases if alike and self.layers[0].weight.dtype == like.dtype else [None] * len(biases)
+            biases if all(b is not None and (b.dtype, b.device) == kind for b in biases) else None
         )
 
 

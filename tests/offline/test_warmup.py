@@ -111,16 +111,9 @@ def test_a_process_with_tritons_own_driver_compiles_nothing(first):
 
 
 def test_a_u_net_of_diffusers_compiles_nothing(first):
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(
-            block_out_channels=SMALL.block_out_channels,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=2,  # their number, as diffusers calls it
-            cross_attention_dim=SMALL.context_dim,
-        ).half()
+        unet = native_run.of_diffusers().half()
     unet = unet.to_empty(device="cpu").requires_grad_(False).eval()
     sample, text = torch.empty(2, 4, 16, 16).half(), torch.empty(2, 77, SMALL.context_dim).half()
     with package.compiling(H100) as launches, torch.no_grad(), dry_run.as_on_a_gpu():

@@ -21,7 +21,7 @@ from fastunet import warmup as module
 from fastunet.models import UNet
 from fastunet.nn import group_norm
 from fastunet.warmup import warmup
-from native_run import SMALL
+from native_run import SMALL, of_diffusers
 
 H100 = package.TARGETS["sm_90"]
 FP32, FP16 = torch.float32, torch.float16
@@ -113,25 +113,14 @@ def test_nor_does_one_of_another_batch_on_another_gpu(known, batch, multiprocess
     assert not missed(known[True], SMALL, FP16, None, True, side=16, batch=batch, device=device)
 
 
-def of_diffusers(dtype):
-    diffusers = pytest.importorskip("diffusers")
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=SMALL.block_out_channels,
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,  # their number, as diffusers calls it
-        cross_attention_dim=SMALL.context_dim,
-    ).to(dtype)
-
-
 @pytest.mark.parametrize(
     ("how", "autocast"),
     [("all", None), ("all", FP16), ("LoRA", None), ("LoRA", FP16), ("checkpointed", FP16)],
 )
 def test_nor_does_one_of_diffusers(known, how, autocast):
     """LoRA: fp32 weights beside attention's frozen ones in 16 bits, as diffusers' scripts have."""
-    unet = of_diffusers(FP16 if how == "LoRA" or autocast is None else FP32).train()
+    pytest.importorskip("diffusers")
+    unet = of_diffusers().to(FP16 if how == "LoRA" or autocast is None else FP32).train()
     if how == "checkpointed":
         unet.enable_gradient_checkpointing()
     elif how == "LoRA":

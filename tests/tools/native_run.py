@@ -31,6 +31,20 @@ SMALL = dataclasses.replace(
 )
 
 
+def of_diffusers() -> Any:
+    """diffusers' U-Net of these sizes."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        block_out_channels=SMALL.block_out_channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,  # their number, as diffusers calls it
+        cross_attention_dim=SMALL.context_dim,
+    )
+
+
 class Driver(CudaDriver):
     """Of an H100 with fewer processors, as those for PCIe have."""
 
