@@ -28,7 +28,7 @@ from fastunet.hosts.diffusers import FusedResnetBlock2D
 from fastunet.kernels import recording, use_backend
 from fastunet.models import unet_sd
 from fastunet.testing import compare, to_double
-from small_unets import make_inputs, run
+from small_unets import make_inputs, run, small
 
 HOSTS = ["diffusers", "fastunet"]
 MODELS = [(host, family) for host in HOSTS for family in ("sd15", "sdxl")]
@@ -43,21 +43,14 @@ def pytorch_backend():
         yield
 
 
-@pytest.fixture(scope="module")
-def built():
-    """Every small model once; tests get copies."""
-    models = {model: small_unets.small(*model) for model in MODELS}
-    return lambda host, family="sd15": copy.deepcopy(models[host, family])
-
-
 @pytest.fixture(params=MODELS, ids="-".join)
 def model_name(request):
     return request.param
 
 
 @pytest.fixture
-def model(built, model_name):
-    return built(*model_name)
+def model(model_name):
+    return small(*model_name)
 
 
 @pytest.fixture
@@ -66,14 +59,19 @@ def inputs(model_name):
 
 
 @pytest.fixture
-def unet(built):
-    return built("diffusers")
+def unet():
+    return small("diffusers")
 
 
 def output(model, **kwargs):
     args, _ = make_inputs("diffusers")
     with torch.no_grad():
         return run(model, *args, **kwargs)
+
+
+@functools.cache
+def plain_output(host):
+    return output(small(host))
 
 
 def snapshot(model):
@@ -199,8 +197,8 @@ def test_a_report_reads_as_a_table(unet):
     ],
     ids=str,
 )
-def test_kernels_are_as_close_to_the_truth_as_pytorch(built, host, family, dtype, device):
-    model = built(host, family).to(device, dtype)
+def test_kernels_are_as_close_to_the_truth_as_pytorch(host, family, dtype, device):
+    model = small(host, family).to(device, dtype)
     args, kwargs = move(make_inputs(host, family, batch=1, dtype=dtype), device)
     report = fastunet.accelerate(model)
     with use_backend("triton"):
@@ -218,8 +216,8 @@ def move(value, device):
     return tuple(move(item, device) for item in value)
 
 
-def test_kernels_take_a_channels_last_model(built, device):
-    model = built("diffusers").to(device, memory_format=torch.channels_last)
+def test_kernels_take_a_channels_last_model(device):
+    model = small("diffusers").to(device, memory_format=torch.channels_last)
     (x, *rest), _ = move(make_inputs("diffusers"), device)
     fastunet.accelerate(model)
     with use_backend("triton"):
@@ -296,9 +294,9 @@ def test_on_pytorch_the_gradient_is_eagers_bit_for_bit(model, inputs):
 
 
 @pytest.mark.parametrize("host, family", [("diffusers", "sd15"), ("fastunet", "sdxl")])
-def test_gradients_are_as_close_to_the_truth_as_pytorchs(built, host, family, device):
+def test_gradients_are_as_close_to_the_truth_as_pytorchs(host, family, device):
     """All parameters as one vector, each in units of its own largest gradient."""
-    model = built(host, family).to(device)
+    model = small(host, family).to(device)
     inputs = move(make_inputs(host, family, batch=1), device)
     truth = gradients(copy.deepcopy(model).double(), *to_double(inputs))
     eager = gradients(model, *inputs)
@@ -315,7 +313,7 @@ def test_gradients_are_as_close_to_the_truth_as_pytorchs(built, host, family, de
 
 
 def test_dropout_is_honoured_in_training():
-    model = small_unets.small("diffusers", dropout=0.5).train()
+    model = small("diffusers", dropout=0.5).train()
     results = []
     for accelerated in (False, True):
         if accelerated:
@@ -339,9 +337,9 @@ def test_autocast_gives_eagers_dtype_and_values(model, inputs, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("host", HOSTS)
-def test_torch_compile_takes_the_whole_model_as_one_graph(built, host):
+def test_torch_compile_takes_the_whole_model_as_one_graph(host):
     """With the reference inside; tests/kernels/test_registration.py has it with the kernels."""
-    model = built(host)
+    model = small(host)
     expected = output(model)
     fastunet.accelerate(model)
     torch.compiler.reset()
@@ -403,11 +401,11 @@ def test_a_part_first_and_then_the_whole(unet):
     assert snapshot(unet) == before
 
 
-def test_models_and_library_classes_are_independent(built):
+def test_models_and_library_classes_are_independent():
     classes = [Attention, ResnetBlock2D, UNet2DConditionModel, unet_sd.ResnetBlock, nn.GroupNorm]
     classes += [unet_sd.Attention, nn.SiLU, nn.Module]
     attributes = [dict(vars(cls)) for cls in classes]
-    one, other = built("diffusers"), built("diffusers")
+    one, other = small("diffusers"), small("diffusers")
     before = snapshot(other)
     fastunet.accelerate(one)
     assert snapshot(other) == before and not fastunet.is_accelerated(other)
@@ -466,8 +464,8 @@ def test_the_head_replaced_by_its_copy_computes_the_same(unet, name):
     assert torch.equal(output(unet), expected)
 
 
-def test_an_accelerated_model_is_freed_with_its_last_user(built):
-    model = built("fastunet")
+def test_an_accelerated_model_is_freed_with_its_last_user():
+    model = small("fastunet")
     fastunet.accelerate(model)
     gone = weakref.ref(model)
     gc.disable()
@@ -479,8 +477,8 @@ def test_an_accelerated_model_is_freed_with_its_last_user(built):
 
 
 @torch.no_grad()
-def test_weights_go_in_and_out_while_accelerated(built):
-    model, other = built("diffusers"), built("diffusers")
+def test_weights_go_in_and_out_while_accelerated():
+    model, other = small("diffusers"), small("diffusers")
     fastunet.accelerate(model)
     for parameter in other.parameters():
         parameter.mul_(0.9)
@@ -550,32 +548,38 @@ def add_hook(model, name, kind, seen):
         module.register_forward_pre_hook(before)
 
 
+@functools.cache
+def hooked_in_eager(host, name, kind):
+    """(output, what the hook saw)"""
+    eager, seen = small(host), []
+    add_hook(eager, name, kind, seen)
+    return output(eager), seen
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 @pytest.mark.parametrize("name", HOOKED)
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_hook_sees_and_changes_what_it_would_in_eager(built, host, name, kind, when):
-    eager, model = built(host), built(host)
-    expected, seen = [], []
-    unhooked = output(eager)
-    add_hook(eager, name, kind, expected)
+def test_a_hook_sees_and_changes_what_it_would_in_eager(host, name, kind, when):
+    model, seen = small(host), []
     if when == "before":
         add_hook(model, name, kind, seen)
     fastunet.accelerate(model)
     if when == "after":
         add_hook(model, name, kind, seen)
-    result, expected_result = output(model), output(eager)
+    result = output(model)
+    expected_result, expected = hooked_in_eager(host, name, kind)
     assert len(seen) == len(expected) > 0
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
     assert torch.equal(result, expected_result)
-    assert not torch.equal(result, unhooked)
+    assert not torch.equal(result, plain_output(host))
 
 
 @pytest.mark.parametrize("name", [f"{RESNET}.norm1", "conv_norm_out", "conv_act"])
-def test_a_backward_hook_fires_with_eagers_gradient(built, name):
+def test_a_backward_hook_fires_with_eagers_gradient(name):
     seen = []
     for accelerated in (False, True):
-        model = built("diffusers")
+        model = small("diffusers")
         if accelerated:
             fastunet.accelerate(model)
         model.get_submodule(name).register_full_backward_hook(
@@ -586,10 +590,10 @@ def test_a_backward_hook_fires_with_eagers_gradient(built, name):
     assert len(seen) == 2 and torch.equal(*seen)
 
 
-def test_a_global_hook_sees_every_call(built):
+def test_a_global_hook_sees_every_call():
     counts = []
     for accelerated in (False, True):
-        model = built("diffusers")
+        model = small("diffusers")
         if accelerated:
             fastunet.accelerate(model)
         calls = Counter()
@@ -632,22 +636,22 @@ WRAPPED = [
 
 @pytest.mark.parametrize("name", WRAPPED)
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_wrapper_around_a_layer_takes_effect(built, host, name):
-    eager, model = built(host), built(host)
-    unwrapped = output(eager)
+def test_a_wrapper_around_a_layer_takes_effect(host, name):
+    eager, model = small(host), small(host)
     fastunet.accelerate(model)
     for each in (eager, model):
         replace(each, name, Scaled)
-    assert torch.equal(output(model), output(eager))
-    assert not torch.equal(output(model), unwrapped)
+    expected = output(eager)
+    assert torch.equal(output(model), expected)
+    assert not torch.equal(expected, plain_output(host))
     fastunet.restore(model)
-    assert torch.equal(output(model), output(eager))
+    assert torch.equal(output(model), expected)
 
 
 @pytest.mark.parametrize("name", ["conv_act", f"{RESNET}.nonlinearity"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_another_activation_takes_effect(built, host, name):
-    eager, model = built(host), built(host)
+def test_another_activation_takes_effect(host, name):
+    eager, model = small(host), small(host)
     fastunet.accelerate(model)
     for each in (eager, model):
         replace(each, name, lambda _: nn.Mish())
@@ -656,12 +660,12 @@ def test_another_activation_takes_effect(built, host, name):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", ["norm1", "norm2", "conv1"])
-def test_a_parametrized_weight_takes_effect(built, host, name):
+def test_a_parametrized_weight_takes_effect(host, name):
     class Doubled(nn.Module):
         def forward(self, weight):
             return weight * 2
 
-    eager, model = built(host), built(host)
+    eager, model = small(host), small(host)
     fastunet.accelerate(model)
     for each in (eager, model):
         layer = each.get_submodule(f"{RESNET}.{name}")
@@ -691,8 +695,8 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", PROCESSORS)
-def test_another_attention_processor_takes_effect(built, change, when):
-    eager, model = built("diffusers"), built("diffusers")
+def test_another_attention_processor_takes_effect(change, when):
+    eager, model = small("diffusers"), small("diffusers")
     PROCESSORS[change](eager)
     expected = output(eager)
     if when == "after":
@@ -706,8 +710,8 @@ def test_another_attention_processor_takes_effect(built, change, when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_merged_projections_stay_fused(built, when):
-    eager, model = built("diffusers"), built("diffusers")
+def test_merged_projections_stay_fused(when):
+    eager, model = small("diffusers"), small("diffusers")
     separate = output(eager)
     if when == "after":
         fastunet.accelerate(model)
@@ -745,8 +749,8 @@ def test_the_processor_of_older_versions_is_fused(device, scale_qk):
     assert ran == [("attention", "triton")]
 
 
-def test_freeu_takes_effect(built):
-    eager, model = built("diffusers"), built("diffusers")
+def test_freeu_takes_effect():
+    eager, model = small("diffusers"), small("diffusers")
     plain = output(eager)
     fastunet.accelerate(model)
     for each in (eager, model):
@@ -821,8 +825,8 @@ LEFT = {
 
 
 @pytest.mark.parametrize("change, site, reason, detail", LEFT.values(), ids=LEFT)
-def test_what_computes_something_else_is_left(built, change, site, reason, detail):
-    unet = built("diffusers")
+def test_what_computes_something_else_is_left(change, site, reason, detail):
+    unet = small("diffusers")
     change(unet)
     expected = output(unet)
     before = snapshot(unet)
@@ -839,7 +843,7 @@ def test_what_computes_something_else_is_left(built, change, site, reason, detai
 
 
 def test_another_activation_everywhere_is_left():
-    unet = small_unets.small("diffusers", act_fn="mish")
+    unet = small("diffusers", act_fn="mish")
     expected = output(unet)
     report = fastunet.accelerate(unet)
     assert Counter(row.reason for row in report.left) == {"activation": 9}
@@ -847,7 +851,7 @@ def test_another_activation_everywhere_is_left():
 
 
 def test_a_time_embedding_that_scales_is_fused():
-    unet = small_unets.small("diffusers", resnet_time_scale_shift="scale_shift")
+    unet = small("diffusers", resnet_time_scale_shift="scale_shift")
     expected = output(unet)
     report = fastunet.accelerate(unet, strict=True)
     assert report.replaced["time_embedding"] == 8
@@ -855,8 +859,8 @@ def test_a_time_embedding_that_scales_is_fused():
 
 
 @torch.no_grad()
-def test_options_set_on_a_replaced_block_take_effect(built):
-    eager, model = built("diffusers"), built("diffusers")
+def test_options_set_on_a_replaced_block_take_effect():
+    eager, model = small("diffusers"), small("diffusers")
     fastunet.accelerate(model)
     for each in (eager, model):
         each.get_submodule(RESNET).output_scale_factor = 2.0
@@ -868,16 +872,16 @@ def test_options_set_on_a_replaced_block_take_effect(built):
 # Found in review.
 
 
-def test_norms_that_are_called_around_are_reported_as_left(built):
-    model = built("diffusers")
+def test_norms_that_are_called_around_are_reported_as_left():
+    model = small("diffusers")
     model.get_submodule(RESNET).norm1.register_forward_hook(lambda *args: None)
     report = fastunet.accelerate(model)
     assert report.sites[RESNET] == ("group_norm_silu", "time_embedding")
     assert [(row.site, row.reason) for row in report.left] == [(f"{RESNET}.norm1", "not_plain")]
 
 
-def test_restore_refuses_a_module_whose_forward_was_wrapped_since(built):
-    model = built("diffusers")
+def test_restore_refuses_a_module_whose_forward_was_wrapped_since():
+    model = small("diffusers")
     fastunet.accelerate(model)
     module = model.get_submodule(RESNET)
     wrapped = module.forward

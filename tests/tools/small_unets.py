@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastunet.benchmarks.unets import PUBLISHED
 from fastunet.models import SD15, SDXL, UNet
+from model_copies import Copies
 
 # What both have in common: 32 and 64 channels in 8 groups, a context 24 wide.
 SMALL = {"block_out_channels": (32, 64), "layers_per_block": 1}
@@ -38,6 +39,8 @@ SIZES = {
     ),
 }
 
+_made: dict[Any, tuple[Copies, Tensor]] = {}
+
 
 def published(host: str, family: str) -> nn.Module:
     """The real model, without memory for its weights."""
@@ -49,6 +52,16 @@ def published(host: str, family: str) -> nn.Module:
 
 def small(host: str, family: str = "sd15", **changes: Any) -> nn.Module:
     """The same weights for the same family whatever the host, none of them where it starts."""
+    key = host, family, repr(changes)
+    if key not in _made:
+        model = _build(host, family, **changes)
+        _made[key] = Copies(model), torch.get_rng_state()
+    copies, random_state = _made[key]
+    torch.set_rng_state(random_state)  # what a test draws next does not hang on who built it
+    return copies()
+
+
+def _build(host: str, family: str, **changes: Any) -> nn.Module:
     ours, theirs = SIZES[family]
     torch.manual_seed(0)
     model = UNet2DConditionModel(**theirs | changes)
