@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -201,7 +200,7 @@ class UNet(nn.Module):
         text_embeds = _check_shape("text_embeds", text_embeds, N=batch, P=None)
         time_ids = _check_shape("time_ids", time_ids, N=batch, K=None)
         time_embeds = sinusoidal_embedding(time_ids, config.addition_time_dim)  # [N, K, time_dim]
-        addition = torch.cat([text_embeds, rearrange(time_embeds, "n k c -> n (k c)")], dim=1)
+        addition = torch.cat([text_embeds, time_embeds.flatten(1)], dim=1)
         name = "text_embeds with embedded time_ids"
         _check_shape(name, addition, N=batch, addition_embed_dim=config.addition_embed_dim)
         return emb + self.add_embedding(addition.to(emb.dtype))
@@ -338,7 +337,7 @@ class Transformer(nn.Module):
         hidden = self.norm(x)
         if not self.linear_projection:
             hidden = self.proj_in(hidden)
-        hidden = rearrange(hidden, "n c h w -> n (h w) c")  # [N, T, C]
+        hidden = hidden.permute(0, 2, 3, 1).flatten(1, 2)  # [N, T, C]
         if self.linear_projection:
             hidden = self.proj_in(hidden)
 
@@ -347,7 +346,7 @@ class Transformer(nn.Module):
 
         if self.linear_projection:
             hidden = self.proj_out(hidden)
-        hidden = rearrange(hidden, "n (h w) c -> n c h w", h=height, w=width)
+        hidden = hidden.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # [N, C, H, W]
         hidden = hidden.contiguous()  # another layout would round differently in the convolutions
         if not self.linear_projection:
             hidden = self.proj_out(hidden)
@@ -398,11 +397,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context  # self-attention: L = T
-        query = rearrange(self.to_q(x), "n t (h c) -> n h t c", h=self.heads)
-        key = rearrange(self.to_k(source), "n l (h c) -> n h l c", h=self.heads)
-        value = rearrange(self.to_v(source), "n l (h c) -> n h l c", h=self.heads)
+        projected = self.to_q(x), self.to_k(source), self.to_v(source)
+        query, key, value = (
+            each.unflatten(2, (self.heads, -1)).transpose(1, 2) for each in projected
+        )
         x = F.scaled_dot_product_attention(query, key, value)  # [N, h, T, C / h]
-        x = rearrange(x, "n h t c -> n t (h c)")
+        x = x.transpose(1, 2).flatten(2)
         for layer in self.to_out:
             x = layer(x)
         return x

@@ -80,6 +80,11 @@ def pair(request):
     return ours.eval(), theirs.eval()
 
 
+@pytest.fixture(scope="module")
+def small_sdxl():
+    return UNet(SMALL_SDXL)
+
+
 def make_inputs(config: UNetConfig, batch=2, height=8, width=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     inputs = {
@@ -264,10 +269,10 @@ def test_blocks_can_be_swapped():
         ),
     ],
 )
-def test_bad_inputs(change, error, message):
+def test_bad_inputs(change, error, message, small_sdxl):
     inputs = {"timestep": 7} | make_inputs(SMALL_SDXL) | change
     with pytest.raises(error) as caught:
-        UNet(SMALL_SDXL)(**inputs)
+        small_sdxl(**inputs)
     assert message in str(caught.value)
 
 
