@@ -91,14 +91,18 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
     if type(module).__module__.startswith("fastunet.nn"):
         return
     norms = {k: child for k, child in module.named_children() if isinstance(child, nn.GroupNorm)}
-    fused = _before_silu(module) if norms else set()
+    kinds = nn.GroupNorm, GroupNorm, WaitingGroupNorm
+    plain = {k for k, norm in norms.items() if any(is_plain(norm, kind) for kind in kinds)}
+    # What was replaced stays as it is: only for others forward is traced, which takes milliseconds.
+    new = {k for k in plain if "_fastunet" not in norms[k].__dict__}
+    fused = _before_silu(module) & new if new else set()
     for child, norm in norms.items():
         site = join(name, child)
-        if not any(is_plain(norm, kind) for kind in (nn.GroupNorm, GroupNorm, WaitingGroupNorm)):
+        if child not in plain:
             if isinstance(norm, GroupNorm) or host_of(type(norm)):  # its host speaks for it
                 continue
             yield Left(site, "not_plain", f"{type(norm).__name__} has hooks or another class")
-        elif child in fused:
+        elif type(norm) is WaitingGroupNorm or child in fused:
             yield Swap(site, norm, WaitingGroupNorm, ("group_norm_silu",))
         else:
             yield Swap(site, norm, GroupNorm, ("group_norm",))

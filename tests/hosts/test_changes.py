@@ -1,14 +1,17 @@
 """Whatever is done to a U-Net before or after accelerate(): the result is eager's with the same."""
 
 import copy
+import functools
 import pickle
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
 
 import adapters
 import fastunet
@@ -54,15 +57,29 @@ def cells():
     return features.committed()
 
 
+class Expected(NamedTuple):
+    """Of eager: its output, the truth where ours may round otherwise, and its classes."""
+
+    output: Tensor
+    truth: Tensor | None
+    classes: list[type]
+
+
 class Runs:
     """A feature on a host: what eager gives, and whether ours gives the same."""
 
     def __init__(self, name, host):
         self.feature, self.host = FEATURES[name], HOSTS[host]
         self.rounded = host in self.feature.rounded
-        self.eager = self.host.build(**self.feature.options)
-        self.model = copy.deepcopy(self.eager)
+        self.model = self.build()
         self.expected = None
+
+    def build(self):
+        return self.host.build(**self.feature.options)
+
+    @functools.cached_property
+    def eager(self):
+        return self.build()
 
     @torch.no_grad()
     def output(self, model, **more):
@@ -73,58 +90,85 @@ class Runs:
         change(self.model)
         self.expected = None
 
+    def expect(self):
+        truth, classes = None, [type(module) for module in self.eager.modules()]
+        if self.rounded:
+            # Hooks cannot be made exact.
+            eager = self.eager if self.feature.has_effect else self.build()
+            truth = self.output(exact(eager), exact=True)
+        return Expected(self.output(self.eager), truth, classes)
+
     def assert_same(self):
         """Returns the output, and the ops that ran in ours."""
         with recording() as ran:
             found = self.output(self.model)
         if self.expected is None:
-            self.expected = self.output(self.eager)
+            self.expected = self.expect()
+        expected, truth, _ = self.expected
         if not self.rounded:
-            assert torch.equal(found, self.expected)
-        elif not torch.equal(found, self.expected):
-            built = self.host.build(**self.feature.options)  # hooks cannot be made exact
-            truth = self.output(exact(self.eager if self.feature.has_effect else built), exact=True)
-            row = compare("output", found, self.expected, truth)
+            assert torch.equal(found, expected)
+        elif not torch.equal(found, expected):
+            row = compare("output", found, expected, truth)
             assert row.passed, row
         return found, ran
 
+    def assert_restored(self):
+        """Every module is of the class that it is of in eager; none is ours."""
+        classes = [type(module) for module in self.model.modules()]
+        assert not any(cls.__module__.startswith("fastunet.hosts") for cls in classes)
+        assert classes == self.expected.classes
+        self.rounded = False
+        assert not self.assert_same()[1]
 
-def plain_classes(model):
-    """Of every module, in order; none of ours."""
-    classes = [type(module) for module in model.modules()]
-    assert not any(cls.__module__.startswith("fastunet.hosts") for cls in classes)
-    return classes
+
+class Eager(NamedTuple):
+    """What eager gives before a change, with it, and when it is undone again."""
+
+    plain: Tensor | None
+    changed: Expected
+    undone: Expected
+
+
+@functools.cache
+def of_eager(name, host):
+    """Once: whether ours was accelerated before the change or after is nothing to it."""
+    runs = Runs(name, host)
+    with torch.no_grad():
+        plain = runs.host.run(runs.eager) if runs.feature.has_effect else None
+    runs.feature.change(runs.eager)
+    changed = undone = runs.expect()
+    if runs.feature.undo is not None:
+        runs.feature.undo(runs.eager)
+        undone = runs.expect()
+    return Eager(plain, changed, undone)
 
 
 @pytest.mark.parametrize("name, host, when", CASES)
 def test_a_change_gives_what_it_gives_in_eager(name, host, when, cells):
-    runs = Runs(name, host)
+    eager, runs = of_eager(name, host), Runs(name, host)
     feature, model = runs.feature, runs.model
-    if feature.has_effect:
-        with torch.no_grad():
-            plain = runs.host.run(runs.eager)
     if when == "after":
         fastunet.accelerate(model)
-    runs.both(feature.change)
+    feature.change(model)
     if when == "before":
         fastunet.accelerate(model)
+    runs.expected = eager.changed
     found, ran = runs.assert_same()
     if feature.has_effect:
-        assert not torch.allclose(found, plain, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(found, eager.plain, rtol=1e-3, atol=1e-4)
     report = fastunet.explain(model)
     assert features.cell(runs.host, report) == cells[name, host]
     assert_ran(ran, report, exactly=when == "before" and name != "feed-forward in chunks")
 
     if feature.undo is not None:
-        runs.both(feature.undo)
+        feature.undo(model)
+        runs.expected = eager.undone
         runs.assert_same()
         # Undone, it is as if it had not been: what could not be fused meanwhile can be again.
         assert features.cell(runs.host, fastunet.accelerate(model)) == cells["nothing", host]
         runs.assert_same()
     fastunet.restore(model)
-    assert plain_classes(model) == [type(module) for module in runs.eager.modules()]
-    runs.rounded = False
-    assert not runs.assert_same()[1]
+    runs.assert_restored()
 
 
 def assert_ran(ran, report, exactly):
@@ -158,8 +202,7 @@ def test_a_copy_of_a_changed_model_can_be_restored(name, duplicate):
     original, runs.model = runs.model, duplicate(runs.model)
     runs.assert_same()
     fastunet.restore(runs.model)
-    assert plain_classes(runs.model) == [type(module) for module in runs.eager.modules()]
-    runs.assert_same()
+    runs.assert_restored()
     runs.model = original
     assert fastunet.is_accelerated(original)
     runs.assert_same()

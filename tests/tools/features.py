@@ -20,6 +20,7 @@ import fastunet
 import small_unets
 from changes import ADDED, FEATURES, LDM, MONAI, OURS, SD15, SDXL, Feature
 from fastunet.testing import to_double
+from model_copies import Copies
 
 PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
 
@@ -56,6 +57,20 @@ def _small(host: str, family: str, build: Callable[..., nn.Module] | None = None
     return Host(build or functools.partial(small_unets.small, host, family), run)
 
 
+def _copied(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Builds each model once: who asks gets a copy."""
+    made: dict[str, Copies] = {}
+
+    def copied(**options: Any) -> nn.Module:
+        key = repr(options)
+        if key not in made:
+            made[key] = Copies(build(**options))
+        return made[key]()
+
+    return copied
+
+
+@_copied
 def _ldm(**options: Any) -> nn.Module:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
@@ -68,6 +83,7 @@ def _ldm(**options: Any) -> nn.Module:
     )  # fmt: skip
 
 
+@_copied
 def _monai(**options: Any) -> nn.Module:
     from monai.networks.nets import DiffusionModelUNet  # takes seconds to import
 
