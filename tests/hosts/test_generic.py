@@ -227,7 +227,7 @@ def test_monai(options, dtype):
     model = copy.deepcopy(eager)
     report = fastunet.accelerate(model, strict=True)
     assert report.replaced["group_norm_silu"] >= 17 and report.replaced["group_norm"] == 4
-    x = torch.randn(2, 1, *[16] * options["spatial_dims"]).to(dtype)
+    x = torch.randn(2, 1, *[8] * options["spatial_dims"]).to(dtype)
     context = torch.randn(2, 7, 24).to(dtype) if "cross_attention_dim" in options else None
     steps = torch.tensor([1, 500])
     with torch.no_grad():

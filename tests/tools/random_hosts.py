@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fastunet.models import SD15, UNet
 
 @dataclasses.dataclass
 class Host:
-    """A model, and its calls: (model, number of the image) -> result."""
+    """A model, and its calls: (model, numbers of the images, which are one batch) -> result."""
 
     options: dict[str, Any]
     model: nn.Module
@@ -41,16 +41,26 @@ def draw(seed: int) -> Host:
     (image, *others), kwargs = inputs
     options |= {"seed": seed, "layout": layout, "training": model.training}
 
-    def call(module: nn.Module, number: int = 0) -> Tensor:
+    def call(module: nn.Module, numbers: Sequence[int] = (0,)) -> Tensor:
+        generators = [torch.Generator().manual_seed(number) for number in numbers]
+        noise = torch.cat([torch.randn(image.shape, generator=each) for each in generators])
         weight = next(module.parameters())
-        generator = torch.Generator().manual_seed(number)
-        noise = torch.randn(image.shape, generator=generator).to(memory_format=layout)
-        output = module(_to(weight, noise), *_to(weight, tuple(others)), **_to(weight, kwargs))
+        args = (noise.to(memory_format=layout), *_repeat(tuple(others), len(numbers)))
+        output = module(*_to(weight, args), **_to(weight, _repeat(kwargs, len(numbers))))
         while not isinstance(output, Tensor):
             output = output[0]
         return output
 
     return Host(options, model, call)
+
+
+def _repeat(value: Any, times: int) -> Any:
+    """Tensors that many times along the batch; numbers are for all of it."""
+    if isinstance(value, dict):
+        return {key: _repeat(item, times) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_repeat(item, times) for item in value)
+    return value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
 
 
 def _to(weight: Tensor, value: Any) -> Any:
