@@ -389,10 +389,11 @@ def _check_timesteps(name: str, value: Tensor | float, num_timesteps: int) -> Te
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{name} ({value.dtype}) must be integers or floats")
     exact = value.detach().cpu().double()
-    whole, inside = exact == exact.trunc(), (exact >= 0) & (exact < num_timesteps)
-    for good, rule in ((whole, "be whole"), (inside, f"lie in [0, {num_timesteps})")):
-        if not good.all():
-            raise ValueError(f"{name} ({exact[~good][0].item():.15g}) must {rule}")
+    for number in exact.flatten().tolist():  # in Python: ops on so few cost more
+        if not (number.is_integer() or math.isinf(number)):
+            raise ValueError(f"{name} ({number:.15g}) must be whole")
+        if not 0 <= number < num_timesteps:
+            raise ValueError(f"{name} ({number:.15g}) must lie in [0, {num_timesteps})")
     return exact.long()
 
 

@@ -122,36 +122,41 @@ def assert_run_equals_diffusers(sampler, scheduler, steps, **step_options):
     ours_random, theirs_random = seeded(), seeded()
     inputs = seeded(1)
     x_t = torch.randn(SHAPE, generator=inputs)
+    results, expected = [], []
     for timestep in scheduler.timesteps:
         prediction = torch.randn(SHAPE, generator=inputs)
-        expected = scheduler.step(
-            prediction, timestep, x_t, generator=theirs_random, **step_options
-        ).prev_sample
-        result = sampler.step(prediction, timestep, x_t, steps=steps, generator=ours_random)
-        torch.testing.assert_close(
-            result, expected, rtol=1e-6, atol=1e-6, msg=lambda text, t=timestep: f"at {t}: {text}"
-        )
+        theirs = scheduler.step(prediction, timestep, x_t, generator=theirs_random, **step_options)
+        expected.append(theirs.prev_sample)
+        results.append(sampler.step(prediction, timestep, x_t, steps=steps, generator=ours_random))
         # A random noise prediction drives x_t off; renormalising keeps every step informative.
-        x_t = expected / expected.std()
+        x_t = expected[-1] / expected[-1].std()
+    # The first index that is printed is that of the step.
+    torch.testing.assert_close(torch.stack(results), torch.stack(expected), rtol=1e-6, atol=1e-6)
     assert torch.equal(ours_random.get_state(), theirs_random.get_state())
 
 
 RUNS = [(1000, 0), (501, 1), (50, 0), (50, 1), (7, 0), (7, 1), (1, 0), (1, 1)]
+# The two linear schedules differ in betas alone, and a clip looks at x_0 alone: of the clip on and
+# off, each has one in its long runs. A cosine's last alphas are so small that it has both.
+SHORT = [("linear", 1.5), ("scaled_linear", None)]
+CASES = [
+    (kind, clip, steps, offset)
+    for kind in SCHEDULES
+    for clip in (None, 1.5)
+    for steps, offset in RUNS
+    if steps <= 50 or (kind, clip) not in SHORT
+]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("clip", [None, 1.5])
-@pytest.mark.parametrize("steps, steps_offset", RUNS)
+@pytest.mark.parametrize("kind, clip, steps, steps_offset", CASES)
 def test_ddpm_steps_equal_diffusers(kind, clip, steps, steps_offset):
     sampler = DDPM(SCHEDULES[kind][0](), steps_offset=steps_offset, clip_sample=clip)
     scheduler = diffusers_scheduler(DDPMScheduler, kind, clip, steps_offset)
     assert_run_equals_diffusers(sampler, scheduler, steps)
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("clip", [None, 1.5])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps, steps_offset", RUNS)
+@pytest.mark.parametrize("kind, clip, steps, steps_offset", CASES)
 def test_ddim_steps_equal_diffusers(kind, clip, eta, steps, steps_offset):
     sampler = DDIM(SCHEDULES[kind][0](), eta, steps_offset=steps_offset, clip_sample=clip)
     scheduler = diffusers_scheduler(DDIMScheduler, kind, clip, steps_offset)
