@@ -1,9 +1,6 @@
 """Which backend an op runs on, what happens where a kernel cannot run, and how that is told."""
 
-import ast
-import os
 import subprocess
-import sys
 import threading
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 import op_calls
 from fastunet import kernels
 from fastunet.kernels import _launch, backend_of, recording, reference, use_backend
+from fresh_process import FreshProcess
 
 
 @pytest.fixture(params=op_calls.OPS)
@@ -229,31 +227,23 @@ def test_backends_are_named(op, made, name):
         op_calls.outputs(op, made, backend=name)
 
 
-def run_python(code, **environment):
-    """The last line that a fresh interpreter prints, as a value; or the end of its error."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTUNET_", "TRITON_"))}
-    done = subprocess.run(
-        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", code],
-        env=clean | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        cwd=os.path.dirname(__file__),
-    )
-    last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]
-    return ast.literal_eval(last) if done.returncode == 0 else last
+@pytest.fixture(scope="module")
+def fresh():
+    with FreshProcess() as process:
+        yield process
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_the_environment_chooses(name):
+def test_the_environment_chooses(name, fresh):
     code = "import fastunet; print(fastunet.info().to_dict()['backends']['attention'])"
-    assert run_python(code, FASTUNET_BACKEND=name) == {
+    assert fresh.run(code, FASTUNET_BACKEND=name) == {
         "backend": name,
         "why": f"FASTUNET_BACKEND or use_backend asks for {name}",
     }
 
 
-def test_a_wrong_environment_is_told_at_import():
-    assert run_python("import fastunet.kernels", FASTUNET_BACKEND="cuda") == (
+def test_a_wrong_environment_is_told_at_import(fresh):
+    assert fresh.run("import fastunet.kernels", FASTUNET_BACKEND="cuda") == (
         "ValueError: FASTUNET_BACKEND must be one of auto, triton, torch, got 'cuda'"
     )
 
@@ -426,7 +416,7 @@ def test_a_fallback_within_an_op_is_laid_out_as_the_kernel_lays_it_out(op, made,
 WITHOUT = "import sys; sys.modules['triton'] = None\n"
 
 
-def test_without_triton_every_op_runs_on_the_reference():
+def test_without_triton_every_op_runs_on_the_reference(fresh):
     code = WITHOUT + (
         "import torch, fastunet\n"
         "from fastunet import kernels\n"
@@ -452,7 +442,7 @@ def test_without_triton_every_op_runs_on_the_reference():
         "told = fastunet.info().to_dict()['backends']['group_norm']\n"
         "print((same, errors, named, told))\n"
     )
-    same, errors, named, told = run_python(code)
+    same, errors, named, told = fresh.run(code)
     assert same == [True, True, True]
     assert errors == [
         ("NotImplementedError", "group_norm on backend 'triton': Triton is not installed"),
@@ -464,9 +454,9 @@ def test_without_triton_every_op_runs_on_the_reference():
     assert told == {"backend": "torch", "why": "Triton is not installed"}
 
 
-def test_another_module_that_is_missing_is_not_taken_for_triton():
+def test_another_module_that_is_missing_is_not_taken_for_triton(fresh):
     code = "import sys; sys.modules['fastunet.kernels._plan'] = None\nimport fastunet.kernels"
-    assert run_python(code).startswith(
+    assert fresh.run(code).startswith(
         "ModuleNotFoundError: import of fastunet.kernels._plan halted"
     )
 
