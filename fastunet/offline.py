@@ -12,15 +12,19 @@ noted; nothing is executed, so outputs are what torch.empty left in them.
 import contextlib
 import dataclasses
 import itertools
+import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 from fastunet.kernels import _choices, _launch
 
@@ -115,7 +119,7 @@ def compiling(
     memory, RuntimeError for too large a grid.
 
     Args:
-        tell: is called with each kernel as soon as Triton has it.
+        tell: is called with each kernel as soon as Triton has it, by one thread at a time.
 
     Raises:
         RuntimeError: the interpreter is on, so that kernels cannot be compiled in this process.
@@ -126,7 +130,7 @@ def compiling(
         )
     launches, fake = Launches(), _FakeDriver(device)
     previous: Any = driver._active
-    kernels = set()
+    kernels, lock = set(), threading.Lock()
     run: Any = JITFunction.run
 
     def recording_run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -140,8 +144,9 @@ def compiling(
 
     def listener(src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
         made = Compilation(src.name, metadata["hash"], times.total / 1e6, cache_hit)
-        launches.compilations.append(made)
-        tell(made)
+        with lock:
+            launches.compilations.append(made)
+            tell(made)
 
     takes_cpu_tensors = {
         "interpreted": lambda: True,
@@ -162,6 +167,35 @@ def compiling(
             driver.set_active(previous)
             for kernel in kernels:
                 kernel.device_caches.pop(fake.device, None)
+
+
+@contextlib.contextmanager
+def ahead() -> Iterator[None]:
+    """Within a block of :func:`compiling`: kernels are compiled by all processors of this machine
+    at once, until the end of the block. Nothing is launched or noted; launch the same once more,
+    which tells of a kernel that does not compile.
+    """
+    compile_together = getattr(triton, "AsyncCompileMode", None)
+    if compile_together is None:  # before Triton 3.5: each is compiled where it is launched
+        yield
+        return
+    run: Any = JITFunction.run
+    parse, one_at_a_time = JITCallable.parse, threading.Lock()
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def parse_alone(self: Any) -> Any:
+        with one_at_a_time:  # two threads in ast.parse raise SystemError in Python 3.11
+            return parse(self)
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        replaced(JITFunction, run=only_compile),
+        replaced(JITCallable, parse=parse_alone),
+        compile_together(threads, ignore_errors=True),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ Call = Callable[[int, int, int], object]  # batch, height and width of the laten
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of so many ``variants``. ``compiled`` of them took so many seconds; the others were
-    in Triton's cache."""
+    """A kernel of so many ``variants``. ``compiled`` of them took so many ``seconds``, each by
+    itself; the others were in Triton's cache."""
 
     name: str
     variants: int
@@ -49,6 +50,7 @@ class Warmup:
 
     A size is written as batch x width x height. ``anew`` are the kernels that the sweep still had
     to compile, as (kernel, size). ``training``: steps of training, not forward passes in inference.
+    ``seconds``: by the clock, before the sweep; kernels are compiled side by side.
     """
 
     target: str
@@ -57,6 +59,7 @@ class Warmup:
     sweep: list[str]
     anew: list[tuple[str, str]]
     training: bool = False
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -69,6 +72,7 @@ class Warmup:
             "target": self.target,
             "training": self.training,
             "cache": self.cache,
+            "seconds": self.seconds,
             "kernels": [dict(kernel.__dict__) for kernel in self.kernels],
             "sweep": list(self.sweep),
             "compiled_anew": [{"kernel": kernel, "size": size} for kernel, size in self.anew],
@@ -92,7 +96,7 @@ class Warmup:
         verdict = f"sweep of {len(self.sweep)} sizes: {len(anew)} new compilations"
         style = "bold green" if self.passed else "bold red"
         sizes = Text(f"{', '.join(self.sweep)} (batch x width x height)", "dim")
-        cache = Text(f"in {self.cache}", "dim", overflow="fold")
+        cache = Text(f"{self.seconds:.1f} s, in {self.cache}", "dim", overflow="fold")
         return Group(table, cache, "", *anew, Text(verdict, style), sizes)
 
 
@@ -110,7 +114,9 @@ def warmup(
     """Compile every kernel that an accelerated U-Net launches in inference, or in a step of
     training, and run none.
 
-    They go into Triton's cache on the disk: TRITON_CACHE_DIR, or ~/.triton/cache. A process finds
+    All processors of this machine compile, so it takes less time than a first call, which compiles
+    one kernel after the other. They go into Triton's cache on the disk: TRITON_CACHE_DIR, or
+    ~/.triton/cache. A process finds
     them there that has such a GPU, the same build of Triton, the same fastunet, and the folder
     under the same absolute path, since Triton notes where each file lies. A U-Net of diffusers of
     these sizes launches the same kernels. Weights take no memory. No other thread may launch a
@@ -157,10 +163,17 @@ def warmup(
             for call in calls:
                 call(samples, height // PIXELS, width // PIXELS)
 
-    with offline.compiling(device, tell) as launches:
+    def run_asked() -> None:
         for size, number in itertools.product(sizes, processors):
             with offline.replaced(_launch, processors=lambda tensor, number=number: number):
                 run(batch, size)
+
+    with offline.compiling(device, tell) as launches:
+        started = time.perf_counter()
+        with offline.ahead():
+            run_asked()
+        run_asked()
+        seconds = time.perf_counter() - started
         kernels = _by_name(launches.compilations)
         swept, anew = [], []
         any_size = channels_last and not training
@@ -170,7 +183,7 @@ def warmup(
             before = len(launches.compilations)
             run(samples, size)
             anew += [(made.kernel, swept[-1]) for made in launches.compilations[before:]]
-    return Warmup(device.name, knobs.cache.dir, kernels, swept, anew, training)
+    return Warmup(device.name, knobs.cache.dir, kernels, swept, anew, training, seconds)
 
 
 def parse_sizes(text: str) -> list[Size]:

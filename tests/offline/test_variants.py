@@ -26,6 +26,8 @@ def test_few_variants_and_a_new_size_compiles_nothing(model, channels_last, othe
         seconds = model_forward.compile_seconds(unet)
         # `make targets` holds both models to 20 seconds; here a slower machine may pass.
         assert seconds < 3 * model_forward.MOST_SECONDS
+        dry_run.forward(unet, batch=2, height=64, width=64)
+        assert len(launches.compilations) == len(launches.variants())
         known = {compiled.hash for compiled in launches.variants()}
         assert 0 < len(known) <= model_forward.MOST_VARIANTS
         for sizes in SWEEP + others:
