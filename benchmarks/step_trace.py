@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastunet import _constants, _merged, kernels
 from fastunet.benchmarks import limits
@@ -100,7 +100,7 @@ class _Trace(TorchDispatchMode):
             return self._launch(name, args)
         if name == "convolution":
             return self._convolve(func, *args)
-        result = func(*args, **(kwargs or {}))
+        result = _computed(func, args, kwargs or {})
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         shared = {_storage(t) for t in inputs} & {_storage(t) for t in outputs}
         is_view = shared and not func._schema.is_mutable
@@ -148,7 +148,8 @@ class _Trace(TorchDispatchMode):
     def _convolve(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any):
         pair, nhwc, height, width = (x, weight), torch.channels_last, *weight.shape[2:]
         layout = nhwc if nhwc in map(suggest_memory_format, pair) else torch.contiguous_format
-        y = torch.empty_like(func(x, weight, bias, *rest), memory_format=layout)
+        y = _computed(func, (x, weight, bias, *rest), {})
+        y = torch.empty_like(y, memory_format=layout)
         moved = [t for t in pair if not t.is_contiguous(memory_format=layout)]
         if layout != nhwc and height * width > 1:
             moved = [x, weight, y]
@@ -216,6 +217,36 @@ def _launches() -> Iterator[list[Any]]:
 
     with mock.patch.object(KernelInterface, "__getitem__", launch):
         yield launched
+
+
+_found: dict[Any, Any] = {}
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an op gives. On the meta device that hangs on shapes, strides and dtypes alone, and
+    PyTorch finds it in Python, slowly: so each is found once."""
+    leaves = tree_leaves((args, kwargs))
+    key = func, *kwargs, *map(_looks, leaves)
+    if key in _found:
+        return tree_map_only(Tensor, _another, _found[key])
+    result = func(*args, **kwargs)
+    outputs, places = _tensors(result), set(map(_storage, _tensors(leaves)))
+    is_new = not func._schema.is_mutable and places.isdisjoint(map(_storage, outputs))
+    if is_new and all(tensor.is_meta for tensor in (*_tensors(leaves), *outputs)):
+        _found[key] = tree_map_only(Tensor, _another, result)
+    return result
+
+
+def _looks(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return type(value), value  # 1 is not True, nor 1.0
+
+
+def _another(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
 
 
 def _adjacent(parts: Sequence[Tensor | None]) -> bool:

@@ -1,5 +1,7 @@
 """DDP and FSDP2 around an accelerated model, and within: two processes on the CPU."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -9,25 +11,21 @@ from fastunet.models import TOY, UNet
 
 
 def test_two_processes_get_eagers_output_and_gradients(tmp_path):
-    command = [sys.executable, parallel.__file__]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(parallel.SIZE)
-    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, parallel.__file__, str(tmp_path)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        results = [process.communicate(timeout=120) for process in processes]
+        _, errors = process.communicate(timeout=120)
     finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # it and the two
+    assert process.returncode == 0, errors
     report = fastunet.explain(UNet(TOY))
     sites = sum(report.replaced.values()) - report.replaced["time_embedding"]
-    for printed, _ in results:
-        counts = dict(line.split(": ") for line in printed.splitlines())
+    for rank in range(parallel.SIZE):
+        lines = (tmp_path / f"{rank}.txt").read_text().splitlines()
+        counts = dict(line.split(": ") for line in lines)
         # fully_shard makes a class of its own of each module that it is called with.
         sharded = int(counts.pop("accelerate() after fully_shard"))
         assert 0 < sharded < sites

@@ -1,13 +1,17 @@
-"""One of two processes that train accelerated models together: gradients have to be eager's.
+"""Two processes that train accelerated models together: gradients have to be eager's.
 
-Started by tests/hosts/test_distributed.py with rank and a file to meet at; prints a case a line.
+Started by tests/hosts/test_distributed.py with a folder to meet in; each writes a line a case to a
+file there. Imports take longest, so there is one process until they are done.
 """
 
 import copy
+import multiprocessing
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch._dynamo  # DistributedDataParallel would import it, in each process
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -66,13 +70,15 @@ def after(wrap: Wrap, model: nn.Module) -> nn.Module:
     return model
 
 
-def main(rank: int, meeting: str) -> None:
+def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE)
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=SIZE)
     torch.manual_seed(0)
     eager = UNet(TOY)
     for parameter in eager.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
+    lines = []
     output, alone, _ = run(copy.deepcopy(eager), rank)
     for gradient in alone:
         dist.all_reduce(gradient)
@@ -92,10 +98,18 @@ def main(rank: int, meeting: str) -> None:
             names = (key for key, _ in eager.named_parameters())
             wrong = [key for key, same in zip(names, equal, strict=True) if not same]
             assert not wrong, f"{case}: other gradients of {wrong}"
-            print(f"{case}: {count}")
+            lines.append(f"{case}: {count}")
+    (folder / f"{rank}.txt").write_text("\n".join(lines))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     with use_backend("torch"):
-        main(int(sys.argv[1]), sys.argv[2])
+        fork = multiprocessing.get_context("fork")
+        folder = Path(sys.argv[1])
+        processes = [fork.Process(target=main, args=(rank, folder)) for rank in range(SIZE)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    sys.exit(any(process.exitcode for process in processes))
