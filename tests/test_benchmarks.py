@@ -261,9 +261,15 @@ def test_a_typed_figure_is_seen(monkeypatch, tmp_path):
         readme.written(text.replace(readme.END, ""))
 
 
-def test_a_quick_run_in_a_process_of_its_own(tmp_path):
+WITHOUT_COMPILING = {"torch.compile"}, "not compile or autotune"
+WITH_ALL = pytest.param(set(), "", marks=pytest.mark.proof)
+
+
+@pytest.mark.parametrize("left_out, match", [WITHOUT_COMPILING, WITH_ALL], ids=["quick", "all"])
+def test_a_quick_run_in_a_process_of_its_own(left_out, match, tmp_path):
     """What a user does: rows, machine, limits, table and plots, and "cpu" in every row."""
     command = [sys.executable, "-m", "fastunet", "bench", "--quick", "--only", "add_time_embedding"]
+    command += ["--match", match]
     # pytest-benchmark times nothing in a process that looks like one of pytest-xdist's.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(
@@ -272,7 +278,8 @@ def test_a_quick_run_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     rows = written["rows"]
-    assert {"eager", "fastunet", "torch.compile max-autotune"} <= {row["peer"] for row in rows}
+    compiled = {"torch.compile", "torch.compile max-autotune"}
+    assert {row["peer"] for row in rows} == {"eager", "fastunet", *compiled} - left_out
     assert all(row["device"] == "cpu" and row["backend"] == "torch" for row in rows)
     assert written["limits"]["copy_gbs"] > 0 and written["limits"]["matmul_tflops"] > 0
     assert written["machine"]["versions"]["torch"] == torch.__version__

@@ -1,6 +1,8 @@
 """fastunet explain: what accelerate() would do to a model, from its configuration alone."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -102,11 +104,30 @@ def test_without_diffusers(tmp_path, monkeypatch):
     refused(tmp_path, "diffusers")
 
 
-def test_a_folder_named_kernels_beside_hides_no_package_of_that_name(tmp_path):
-    """As in a clone: diffusers imports Hugging Face's `kernels` where it finds one."""
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with a configuration and, as in a clone, another `kernels` than Hugging Face's."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('not that one')")
     diffusers_models.build("sd21").save_config(tmp_path)
-    command = [sys.executable, "-m", "fastunet", "explain", "--model", "config.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return tmp_path
+
+
+EXPLAIN = [sys.executable, "-m", "fastunet", "explain", "--model", "config.json"]
+
+
+def test_a_folder_named_kernels_beside_is_not_found_by_diffusers(clone):
+    """It looks for Hugging Face's `kernels`; a stand-in says what it finds, and is quick."""
+    (clone / "site").mkdir()
+    look = "import importlib.util\nprint(importlib.util.find_spec('kernels'))\n"
+    (clone / "site" / "diffusers.py").write_text(look)
+    environment = os.environ | {"PYTHONPATH": "site"}
+    done = subprocess.run(EXPLAIN, cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{importlib.util.find_spec('kernels')}\n"
+    assert done.returncode == 2 and "diffusers" in done.stderr
+
+
+@pytest.mark.proof
+def test_a_folder_named_kernels_beside_hides_no_package_of_that_name(clone):
+    done = subprocess.run(EXPLAIN, cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

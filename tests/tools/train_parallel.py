@@ -2,15 +2,21 @@
 
     torchrun --nproc-per-node=2 tests/tools/train_parallel.py DATA OUT
 
-DATA holds images with captions and unet.json; rank 0 prints a line a case.
+DATA holds images with captions and unet.json; rank 0 prints a line a case. Then they draw, and then
+train until they are killed, both by the command: to start processes takes longer than all of it.
 """
 
+import contextlib
 import copy
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fastunet
@@ -47,8 +53,12 @@ def gradients(model: torch.nn.Module, plain: TextToImage, draws: Draws, alone: b
 
 
 def check_gradients(model: TextToImage, draws: Draws) -> None:
-    eager = gradients(copy.deepcopy(model), model, draws, alone=True)
-    truth = gradients(copy.deepcopy(model).double(), model, draws, alone=True)
+    """Against eager's, which rank 0 computes, and the truth, which rank 1 does, for both."""
+    dtype = (torch.float32, torch.float64)[rank()]
+    both: list[Any] = [None, None]
+    own = gradients(copy.deepcopy(model).to(dtype), model, draws, alone=True)
+    dist.all_gather_object(both, own)
+    eager, truth = both
     for parallel, checkpointing in (("ddp", False), ("fsdp", True)):
         ours = copy.deepcopy(model)
         fastunet.accelerate(ours.unet)
@@ -74,6 +84,32 @@ def drawn_model(data: Path) -> TextToImage:
     return model
 
 
+def sampling(out: Path) -> list[str]:
+    """What is drawn, but for the folder, by a model that was trained here."""
+    model, prompts = str(out / "ddp" / "last"), str(out / "prompts.txt")
+    return ["sample", "--model", model, "--prompts", prompts, "--steps", "2"]
+
+
+def endless(data: Path, out: Path) -> list[str]:
+    """A training that saves often and that nobody will see the end of."""
+    return [
+        *("train", "diffusion", "--data", str(data), "--out", str(out), "--size", "8"),
+        *("--unet", str(data / "unet.json"), "--steps", "100000", "--batch", "4"),
+        *("--save-every", "2"),
+    ]
+
+
+def command(*arguments: str) -> None:
+    """As `torchrun -m fastunet` has it."""
+    line, path = ["fastunet", *arguments], [*sys.path]
+    with mock.patch.object(sys, "argv", line), mock.patch.object(sys, "path", path):
+        try:
+            runpy.run_module("fastunet", run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
 def main(data: Path, out: Path) -> None:
     images, model = Folder(data, 8), drawn_model(data)
     draws = Draws(images, 0, 0.1, model.schedule.num_timesteps)
@@ -86,6 +122,9 @@ def main(data: Path, out: Path) -> None:
         for index, prompt in share([f"prompt {number}" for number in range(5)]):
             with open(out / f"{index}.txt", "x") as file:  # an error if it is there
                 file.write(f"{prompt} of {rank()}")
+        with open(out / f"told-{rank()}", "x") as told, contextlib.redirect_stdout(told):
+            command(*sampling(out), "--out", str(out / "drawn"))
+        command(*endless(data, out / "endless"))
 
 
 if __name__ == "__main__":

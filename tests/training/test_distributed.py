@@ -1,4 +1,4 @@
-"""Training under torchrun with two processes: DDP, FSDP2, and one that dies."""
+"""Training under torchrun with two processes: DDP, FSDP2, and one that dies; and sampling."""
 
 import dataclasses
 import json
@@ -8,15 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import train_parallel
 from fastunet import kernels
+from fastunet.cli import app
 from fastunet.models import UNetConfig
+from fastunet.pictures import read_settings
 from fastunet.text_to_image import load_folder, read_unet
 from fastunet.training import state
 from fastunet.training.data import Folder
@@ -36,26 +41,36 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(cwd, *command):
-    environment = {**os.environ, "FASTUNET_BACKEND": "torch", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*TORCHRUN, *map(str, command)],
-        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+class Together(NamedTuple):
+    """What two processes printed and wrote, until the second was killed."""
+
+    out: Path
+    printed: str
+    exit_code: int
 
 
 @pytest.fixture(scope="module")
 def together(folder, tmp_path_factory):
-    """What tests/tools/train_parallel.py printed and wrote."""
+    """All that tests/tools/train_parallel.py does, in one start of two processes."""
     out = tmp_path_factory.mktemp("together")
-    process = start(out, train_parallel.__file__, folder, out)
+    (out / "prompts.txt").write_text("a red square\na blue square\na red square\n")
+    environment = {**os.environ, "FASTUNET_BACKEND": "torch", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*TORCHRUN, train_parallel.__file__, folder, out],
+        cwd=out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        printed = process.communicate(timeout=240)[0]
+        limit = time.monotonic() + 480
+        while not (out / "endless" / "last").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit, "no checkpoint came"
+            time.sleep(0.01)
+        os.kill(child(process.pid, rank=1), signal.SIGKILL)
+        printed = process.communicate(timeout=60)[0]
     finally:
         end(process)
-    assert process.returncode == 0, printed
-    return printed, out
+    return Together(out, printed, process.returncode)
 
 
 def end(process):
@@ -82,13 +97,13 @@ def losses(out):
 
 def test_gradients_are_those_of_one_process_on_the_whole_batch(together):
     """By the parity rule, in fp32, against fp64; eager is one process's."""
-    lines = [line.split() for line in together[0].splitlines() if "gradients" in line]
+    lines = [line.split() for line in together.printed.splitlines() if "gradients" in line]
     assert [line[:2] for line in lines] == [["ddp:", "170"], ["fsdp:", "170"]]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_the_checkpoint_is_one_processs(together, alone, parallel):
-    ours, theirs = together[1] / parallel, alone
+    ours, theirs = together.out / parallel, alone
     assert sorted(p.name for p in ours.iterdir()) == ["last", "losses.csv", "step-000002"]
     config = "last/config.json"
     assert (ours / config).read_text() == (theirs / config).read_text()
@@ -100,7 +115,7 @@ def test_the_checkpoint_is_one_processs(together, alone, parallel):
 
 
 def test_one_process_goes_on_from_what_two_shards_wrote(together, folder):
-    out = together[1] / "fsdp"
+    out = together.out / "fsdp"
     settings = Settings(steps=3, batch=8)
     with kernels.use_backend("torch"):
         model = train_parallel.drawn_model(folder)
@@ -109,28 +124,30 @@ def test_one_process_goes_on_from_what_two_shards_wrote(together, folder):
 
 
 def test_every_result_is_written_once(together):
-    texts = [(together[1] / f"{index}.txt").read_text() for index in range(5)]
+    texts = [(together.out / f"{index}.txt").read_text() for index in range(5)]
     assert texts == [f"prompt {index} of {index % 2}" for index in range(5)]
 
 
-def test_a_process_that_dies_ends_the_run_and_leaves_a_whole_checkpoint(folder, tmp_path):
-    out = tmp_path / "run"
-    process = start(
-        tmp_path, "-m", "fastunet", "train", "diffusion", "--data", folder, "--out", out,
-        "--size", 8, "--unet", folder / "unet.json", "--steps", 100000, "--batch", 4,
-        "--save-every", 2,
-    )  # fmt: skip
-    try:
-        limit = time.monotonic() + 240
-        while not (out / "last").exists():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < limit, "no checkpoint came"
-            time.sleep(0.01)
-        os.kill(child(process.pid, rank=1), signal.SIGKILL)
-        printed = process.communicate(timeout=60)[0]
-    finally:
-        end(process)
-    assert process.returncode == 1
+def test_sampling_draws_each_image_once(together, tmp_path):
+    """The files of one process to the bit, told once; the second has the odd ones."""
+    spread, alone = together.out / "drawn", tmp_path / "alone"
+    line = [*train_parallel.sampling(together.out), "--out", str(alone)]
+    with kernels.use_backend("torch"):
+        result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    files = sorted(path.name for path in alone.iterdir())
+    assert files == sorted(path.name for path in spread.iterdir()) and len(files) == 3
+    for rank in range(2):
+        told = (together.out / f"told-{rank}").read_text().splitlines()
+        assert told == [str(spread / name) for name in files[rank::2]]
+    for name in files:
+        assert np.array_equal(*(np.array(Image.open(run / name)) for run in (spread, alone)))
+        assert read_settings(spread / name) == read_settings(alone / name)
+
+
+def test_a_process_that_dies_ends_the_run_and_leaves_a_whole_checkpoint(folder, together):
+    out, printed = together.out / "endless", together.printed
+    assert together.exit_code == 1
     assert "rank      : 1" in printed and "Signal 9 (SIGKILL)" in printed
     found = state.last(out)
     state.read(found)
