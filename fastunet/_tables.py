@@ -1,5 +1,6 @@
 """Where what :func:`fastunet.tune` measured is kept: a readable file for a device and versions."""
 
+import functools
 import json
 import os
 import re
@@ -95,5 +96,6 @@ def _owner(device: str) -> dict[str, str]:
     return {"device": device, **_versions()}
 
 
+@functools.cache  # they are read from the disk
 def _versions() -> dict[str, str]:
     return {name: version_of(name) or "none" for name in ("torch", "triton", "fastunet")}

@@ -55,7 +55,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def seed():
     """Every test draws the same random numbers, alone or in any order."""
-    torch.manual_seed(0)
+    if HAS_GPU:
+        torch.manual_seed(0)
+    else:  # the other notes for each kind of GPU which line asked for it, in milliseconds
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

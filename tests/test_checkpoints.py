@@ -1,6 +1,5 @@
 """Files of both layouts, into and out of every model; files that must not load; memory."""
 
-import copy
 import dataclasses
 import json
 import pickle
@@ -65,17 +64,18 @@ def same(state, other):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("host", ["diffusers", "fastunet"])
 def test_there_and_back_through_both_layouts(host, family, dtype, tmp_path):
-    model = small(host, family).to(dtype)
-    first, second = scatter(copy.deepcopy(model), 1), scatter(copy.deepcopy(model), 2)
+    model, first, second = (small(host, family).to(dtype) for _ in range(3))
+    scatter(first, 1), scatter(second, 2)
+    state = bits(model)
     checkpoints.save(model, tmp_path / "a.safetensors")
-    assert same(load_file(tmp_path / "a.safetensors"), bits(model))
+    assert same(load_file(tmp_path / "a.safetensors"), state)
     checkpoints.load(first, tmp_path / "a.safetensors")
     checkpoints.save(first, tmp_path / "b.safetensors", layout="ldm")
-    names = to_ldm(bits(model))
-    expected = {checkpoints.PREFIX + names[key]: tensor for key, tensor in bits(model).items()}
+    names = to_ldm(state)
+    expected = {checkpoints.PREFIX + names[key]: tensor for key, tensor in state.items()}
     assert same(load_file(tmp_path / "b.safetensors"), expected)
     checkpoints.load(second, str(tmp_path / "b.safetensors"))
-    assert same(bits(model), bits(first)) and same(bits(model), bits(second))
+    assert all(same(state, bits(each)) for each in (model, first, second))
 
 
 @torch.no_grad()
@@ -180,7 +180,8 @@ def test_weights_are_cast_to_the_models_dtype_and_saved_in_it(tmp_path):
     half.conv_norm_out.float()  # of mixed dtypes
     checkpoints.save(model, tmp_path / "a.safetensors")
     checkpoints.load(half, tmp_path / "a.safetensors")
-    expected = {key: bits(model)[key].to(tensor.dtype) for key, tensor in bits(half).items()}
+    state = bits(model)
+    expected = {key: state[key].to(tensor.dtype) for key, tensor in bits(half).items()}
     assert same(bits(half), expected)
     checkpoints.save(half, tmp_path / "b.safetensors")
     assert same(load_file(tmp_path / "b.safetensors"), expected)
