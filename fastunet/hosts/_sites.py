@@ -11,7 +11,8 @@ from fastunet.hosts import Left, Swap, join
 from fastunet.hosts._subclass import seen_class
 from fastunet.nn import GroupNorm
 from fastunet.nn.attention import extra_part
-from fastunet.nn.group_norm import fused_norm
+from fastunet.nn.convolution import is_product, project_tokens
+from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.resnet import unlike_plain
 from fastunet.nn.upsample import fits, is_on
 
@@ -101,21 +102,28 @@ def added_norms(block: Any) -> list[nn.LayerNorm]:
     return [norm for norm in norms if is_plain(norm, nn.LayerNorm)]
 
 
-def tokens(image: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H * W, C], dense: what follows would copy a transposed view twice."""
-    return image.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+def project_in(transformer: Any, image: Tensor, linear: bool) -> Tensor:
+    """The start of a transformer over an image: [N, C, H, W] -> [N, H * W, inner], dense.
+
+    ``linear``: proj_in and proj_out are of tokens, not convolutions of 1x1 over the image.
+    """
+    norm, project = transformer.norm, transformer.proj_in
+    if linear or is_product(project, image):
+        return project_tokens(project, normalize(norm, image, tokens=True))
+    # What follows would copy a transposed view twice.
+    return project(normalize(norm, image)).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-def image(tokens: Tensor, like: Tensor) -> Tensor:
-    """tokens [N, T, C] -> [N, C, H, W], of the size and in the memory layout of ``like``."""
-    out = _view_as(like, tokens)
-    channels_last = like.is_contiguous(memory_format=torch.channels_last)
-    return out if channels_last and not like.is_contiguous() else out.contiguous()
-
-
-def add_tokens(image: Tensor, tokens: Tensor) -> Tensor:
-    """image [N, C, H, W] + tokens [N, H * W, C], in the memory layout of the image."""
-    return image + _view_as(image, tokens)
+def project_out(transformer: Any, tokens: Tensor, image: Tensor, linear: bool) -> Tensor:
+    """Its end: tokens [N, H * W, inner] projected and added to the image, in the image's layout."""
+    project = transformer.proj_out
+    if linear or is_product(project, tokens):
+        return image + _view_as(image, project_tokens(project, tokens))
+    inner = _view_as(image, tokens)
+    channels_last = image.is_contiguous(memory_format=torch.channels_last)
+    if not channels_last or image.is_contiguous():
+        inner = inner.contiguous()
+    return project(inner) + image
 
 
 def _view_as(image: Tensor, tokens: Tensor) -> Tensor:

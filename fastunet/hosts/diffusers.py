@@ -26,7 +26,6 @@ from fastunet import kernels
 from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.nn.attention import attend, extra_part
-from fastunet.nn.convolution import is_product, project_tokens
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual, unlike_plain
@@ -142,18 +141,13 @@ class FusedTransformer2DModel(Transformer2DModel):
     """Keeps the memory layout of its input, where diffusers' own returns NCHW."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if self.use_linear_projection or is_product(self.proj_in, hidden_states):
-            tokens = project_tokens(self.proj_in, normalize(self.norm, hidden_states, tokens=True))
-        else:
-            tokens = _sites.tokens(self.proj_in(normalize(self.norm, hidden_states)))
+        tokens = _sites.project_in(self, hidden_states, self.use_linear_projection)
         return tokens, tokens.shape[-1]
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if self.use_linear_projection or is_product(self.proj_out, hidden_states):
-            return _sites.add_tokens(residual, project_tokens(self.proj_out, hidden_states))
-        return self.proj_out(_sites.image(hidden_states, residual)) + residual
+        return _sites.project_out(self, hidden_states, residual, self.use_linear_projection)
 
 
 class FusedUpBlock2D(UpBlock2D):

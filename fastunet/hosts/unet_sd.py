@@ -10,8 +10,6 @@ from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, _sites
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
-from fastunet.nn.convolution import is_product, project_tokens
-from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual
 from fastunet.nn.upsample import pays, upsample_conv
@@ -44,15 +42,10 @@ class FusedTransformer(unet_sd.Transformer):
     """Keeps the memory layout of its input."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        if self.linear_projection or is_product(self.proj_in, x):
-            tokens = project_tokens(self.proj_in, normalize(self.norm, x, tokens=True))
-        else:
-            tokens = _sites.tokens(self.proj_in(normalize(self.norm, x)))
+        tokens = _sites.project_in(self, x, self.linear_projection)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        if self.linear_projection or is_product(self.proj_out, tokens):
-            return _sites.add_tokens(x, project_tokens(self.proj_out, tokens))
-        return self.proj_out(_sites.image(tokens, x)) + x
+        return _sites.project_out(self, tokens, x, self.linear_projection)
 
 
 class FusedUpLevel(unet_sd.UpLevel):
