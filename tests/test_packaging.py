@@ -83,7 +83,9 @@ def site(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed, beside a stand-in for Hugging Face's `kernels`."""
     folder = tmp_path_factory.mktemp("site")
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, "--no-deps", "--no-index", "--target", folder, built.wheel, cwd=folder)
+    run(
+        *pip, "--no-deps", "--no-index", "--no-compile", "--target", folder, built.wheel, cwd=folder
+    )
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text("def get_kernel(name): return name\n")
     return folder
