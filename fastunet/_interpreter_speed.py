@@ -2,13 +2,15 @@
 
 Most of the time of an interpreted op goes to describing its result: the type of a block, its shape
 as a tuple of constants, the common type of two operands, and the replacement of some 300 functions
-of ``triton.language`` at each launch. None of it depends on values, so it is kept; so is a number
-that stands in a kernel's text. What is computed stays as it is.
+of ``triton.language`` at each launch. None of it depends on values, so it is kept. What is computed
+stays as it is.
 """
 
 from typing import Any
 
 import numpy as np
+
+from fastunet._interpreter_operators import KNOWN, Operators
 
 SEAMS = {
     "tl.block_type.__init__": "self element_ty shape",
@@ -26,7 +28,6 @@ SEAMS = {
     "_LangPatchScope.set_attr": "self obj name value",
     "_patch_attr": "obj name member builder scope",
 }
-INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {"int1"}
 
 
 def keep(interpreter: Any) -> None:
@@ -204,51 +205,19 @@ def _axes(interpreter: Any) -> None:
 
 
 def _operands(interpreter: Any) -> None:
-    """Two operands of one dtype, and a number beside a tensor that keeps its dtype."""
-    semantic, tl = interpreter.TritonSemantic, interpreter.tl
-    original, tensor, handle = (
-        semantic.binary_op_type_checking_impl,
-        tl.tensor,
-        interpreter.TensorHandle,
-    )
-    floats = {"fp16", "bf16", "fp32", "fp64"}
-    same, divided = INTEGERS | floats, INTEGERS | {"fp32", "fp64"}  # fp16 / fp16 is fp32
-    splats: dict[tuple, Any] = {}
-
-    def beside(self, number, block, div_or_mod):
-        """The number as a tensor of the block's type, if it was one before."""
-        shape = block.type.shape.values if block.type.is_block() else ()
-        data = splats.get((number, type(number), block.dtype.name, div_or_mod, *shape))
-        return None if data is None else tensor(handle(data, block.dtype), block.type)
-
-    def keep(number, block, div_or_mod, result):
-        if result.type == block.type and number == number:
-            shape = block.type.shape.values if block.type.is_block() else ()
-            data = result.handle.data.copy()
-            data.flags.writeable = False
-            splats[(number, type(number), block.dtype.name, div_or_mod, *shape)] = data
+    """Two operands of one dtype need no other."""
+    semantic, tensor = interpreter.TritonSemantic, interpreter.tl.tensor
+    original = semantic.binary_op_type_checking_impl
+    same, divided = KNOWN | {"bf16"}, KNOWN - {"fp16"}  # fp16 / fp16 is fp32
 
     def binary_op_type_checking_impl(
         self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True,
         div_or_mod=False,
     ):  # fmt: skip
-        left, right = type(lhs), type(rhs)
-        if left is tensor and right is tensor:
+        if type(lhs) is tensor and type(rhs) is tensor:
             dtype = lhs.dtype
             if dtype is rhs.dtype and dtype.name in (divided if div_or_mod else same):
                 return self.broadcast_impl_value(lhs, rhs)
-        elif arithmetic_check and left is tensor and right in (int, float):
-            if (number := beside(self, rhs, lhs, div_or_mod)) is not None:
-                return lhs, number
-            found = original(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, True, div_or_mod)
-            keep(rhs, lhs, div_or_mod, found[1])
-            return found
-        elif arithmetic_check and right is tensor and left in (int, float):
-            if (number := beside(self, lhs, rhs, div_or_mod)) is not None:
-                return number, rhs
-            found = original(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, True, div_or_mod)
-            keep(lhs, rhs, div_or_mod, found[0])
-            return found
         return original(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     semantic.binary_op_type_checking_impl = binary_op_type_checking_impl
@@ -257,7 +226,9 @@ def _operands(interpreter: Any) -> None:
 def _builtins(interpreter: Any) -> None:
     """A function of the language is called with the interpreter's semantic, and nothing between."""
     checking = interpreter.tl.core.builtin(lambda: None).__code__
-    semantic = interpreter.interpreter_semantic
+    semantic, tensor = interpreter.interpreter_semantic, interpreter.tl.tensor
+    operators = Operators(interpreter)
+    operators.keep_casts(interpreter.TritonSemantic)
 
     def _patch_attr(obj, name, member, builder, scope):
         call = member.__wrapped__ if getattr(member, "__code__", None) is checking else member
@@ -266,7 +237,8 @@ def _builtins(interpreter: Any) -> None:
             kwargs["_semantic"] = semantic
             return call(*args, **kwargs)
 
-        scope.set_attr(obj, name, new_member)
+        quick = operators.quick(name, new_member) if obj is tensor else new_member
+        scope.set_attr(obj, name, quick)
 
     interpreter._patch_attr = _patch_attr
 
@@ -278,6 +250,7 @@ def _patches(interpreter: Any) -> None:
     modules: dict[Any, frozenset[str]] = {}
     languages = (interpreter.tl, interpreter.tl.core)
     run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    nothing = interpreter._LangPatchScope()
 
     def __call__(self, *args, **kwargs):
         launches.append(set())
@@ -287,23 +260,26 @@ def _patches(interpreter: Any) -> None:
             launches.pop()
 
     def _patch_lang(fn):
-        if not launches:
+        if len(launches) != 1:
             return patch(fn)
         if (seen := modules.get(fn)) is None:
             used = list(fn.__globals__.values())
             seen = frozenset(m.__name__ for m in languages if any(value is m for value in used))
             modules[fn] = seen
-        scope, before = interpreter._LangPatchScope(), launches[-1]
+        before = launches[-1]
         if seen in before:
-            return scope
+            return nothing
         key = (frozenset(before), seen)
+        before.add(seen)
         if key not in lists:
             scope = patch(fn)
-            lists[key] = [(owner, name, getattr(owner, name)) for owner, name, _ in scope._changes]
-        else:
-            for owner, name, value in lists[key]:
-                scope.set_attr(owner, name, value)
-        before.add(seen)
+            changed = {(owner, name): None for owner, name, _ in scope._changes}
+            lists[key] = [(owner, name, getattr(owner, name)) for owner, name in changed]
+            return scope
+        scope = interpreter._LangPatchScope()
+        for owner, name, value in lists[key]:
+            scope._changes.append((owner, name, getattr(owner, name, interpreter._MISSING)))
+            setattr(owner, name, value)
         return scope
 
     interpreter.GridExecutor.__call__ = __call__

@@ -28,7 +28,7 @@ import os
 
 import numpy as np
 
-from fastunet import _interpreter_speed
+from fastunet import _interpreter_operators, _interpreter_speed
 
 _TRUE = ("1", "true", "yes", "on", "y")
 
@@ -52,7 +52,9 @@ _SEAMS = {
     "_LangPatchScope": "",
     "_get_np_dtype": "tt_dtype",
     "TensorHandle": "data dtype attr",
-} | _interpreter_speed.SEAMS
+    **_interpreter_speed.SEAMS,
+    **_interpreter_operators.SEAMS,
+}
 
 
 class UnsupportedTriton(RuntimeError):

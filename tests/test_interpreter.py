@@ -345,6 +345,99 @@ def test_a_number_becomes_what_it_stands_beside_each_time():
         torch.testing.assert_close(out, torch.cat([e.float() for e in expected]), rtol=0, atol=0)
 
 
+@triton.jit
+def operated(a, b, OP: tl.constexpr):
+    if OP == "add":
+        return a + b
+    elif OP == "sub":
+        return a - b
+    elif OP == "mul":
+        return a * b
+    elif OP == "div":
+        return a / b
+    elif OP == "floordiv":
+        return a // b
+    elif OP == "mod":
+        return a % b
+    elif OP == "and":
+        return a & b
+    elif OP == "or":
+        return a | b
+    elif OP == "lt":
+        return a < b
+    elif OP == "le":
+        return a <= b
+    elif OP == "gt":
+        return a > b
+    elif OP == "ge":
+        return a >= b
+    elif OP == "eq":
+        return a == b
+    elif OP == "ne":
+        return a != b
+
+
+@triton.jit
+def operator_kernel(
+    x, y, out, OP: tl.constexpr, NUMBER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLS)
+    a = tl.load(x + row)[:, None]
+    if NUMBER is None:
+        result = operated(a, tl.load(y + column)[None, :], OP)
+    else:
+        result = operated(a, NUMBER, OP)
+    tl.store(out + row[:, None] * COLS + column[None, :], result)
+
+
+def divided(a, b):
+    return a.float() / b.float()  # of fp16 and of integers, too
+
+
+INTEGER_OPERATORS = {
+    "floordiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),
+    "mod": torch.fmod,
+    "and": torch.bitwise_and,
+    "or": torch.bitwise_or,
+}
+OPERATORS = INTEGER_OPERATORS | {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": divided, "lt": torch.lt,
+    "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq, "ne": torch.ne,
+}  # fmt: skip
+DTYPES = torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_an_operator_on_every_pair_of_types_each_time(op):
+    """The first time Triton works out what two types come to; later ones go by that."""
+    dtypes = DTYPES[:2] if op in INTEGER_OPERATORS else DTYPES
+    numbers = (3, -2) if op in INTEGER_OPERATORS else (3, -2, 0.3, -0.0)
+    for x_dtype, other, _ in itertools.product(dtypes, (*dtypes, *numbers), range(2)):
+        x, y = (torch.randint(-9, 9, (size,)) for size in (8, 4))
+        x, y = x.to(x_dtype), torch.where(y == 0, 7, y)
+        if isinstance(other, torch.dtype):
+            y, number = y.to(other), None
+        else:
+            y, number = y.to(x_dtype), other
+            kept = x_dtype.is_floating_point or isinstance(number, int)
+            beside = x_dtype if kept and op != "div" else torch.float32
+        second = y[None] if number is None else torch.full((1, 4), number or 0, dtype=beside)
+        expected = OPERATORS[op](x[:, None], second)
+        if expected.dtype == torch.bool:
+            expected = expected.int()
+        out = torch.empty_like(expected)
+        operator_kernel[(1,)](x, y, out, op, number, 8, 4)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_operation_on_types_met_before_is_numpys_alone(monkeypatch):
+    x, y, out = torch.randn(8), torch.randn(4), torch.empty(8, 4)
+    operator_kernel[(1,)](x, y, out, "add", None, 8, 4)
+    monkeypatch.setattr("triton.language.semantic.TritonSemantic.add", None)
+    operator_kernel[(1,)](x + 1, y, out, "add", None, 8, 4)
+    assert torch.equal(out, (x + 1)[:, None] + y)
+
+
 def test_a_handle_refuses_data_that_is_too_wide():
     from triton.runtime.interpreter import TensorHandle
 

@@ -1,5 +1,8 @@
 """The sanitizers see planted faults, and nothing in clean kernels."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +69,13 @@ def far_kernel(x, y, stride, WIDE: tl.constexpr):
 
 
 @triton.jit
+def either_kernel(x, y, out, SIZE: tl.constexpr):
+    """The first half of x, and the first half of y for the rest, by one load."""
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, tl.load(tl.where(i < SIZE // 2, x + i, y + i - SIZE // 2)))
+
+
+@triton.jit
 def helper(pointers):
     return tl.load(pointers)
 
@@ -122,7 +132,30 @@ def test_gap_between_rows_of_a_view_is_outside():
     copy_rows_kernel[(8,)](x, y, 32, 20, SIZE)
     assert torch.equal(x, y)
     with pytest.raises(sanitizers.Violation, match="load of x by 1 of 21 active lanes"):
-        copy_rows_kernel[(8,)](x, torch.zeros(8, 21), 32, 21, SIZE)
+        copy_rows_kernel[(7,)](x, torch.zeros(8, 21), 32, 21, SIZE)  # the last row has no gap
+
+
+def test_a_view_is_its_elements_and_nothing_else():
+    t = torch.empty(3, 4, 6, 5)
+    views = [
+        *(t, t[1:, ::2], t[:, 1:3], t[:, :, :4], t[..., ::2], t[:, :, 2], t[0, 0, 0, :1]),
+        *(t.mT, t.permute(2, 0, 3, 1), t.mT[:, :, 1:4, ::3], t[:, :1].expand(3, 4, 6, 5)),
+    ]
+    addresses = np.arange(t.data_ptr() - 99, t.data_ptr() + 4 * t.numel() + 99)
+    for view in views:
+        steps = [4 * np.arange(n) * step for n, step in zip(view.shape, view.stride(), strict=True)]
+        elements = view.data_ptr() + np.array([sum(each) for each in itertools.product(*steps)])
+        found = sanitizers.View(view, "t").contains(addresses.astype(np.uint64), 4)
+        assert np.array_equal(found, np.isin(addresses, elements))
+
+
+def test_a_pointer_is_held_to_its_own_tensor():
+    """Both are read by one load."""
+    x, y, out = torch.ones(SIZE), torch.ones(SIZE // 2), torch.empty(SIZE)
+    with pytest.raises(sanitizers.Violation, match=f"load of y by {SIZE // 2} of {SIZE // 2}"):
+        either_kernel[(1,)](x[: SIZE // 2], y[:0], out, SIZE)
+    either_kernel[(1,)](x, y, out, SIZE)
+    assert torch.equal(out, torch.ones(SIZE))
 
 
 def test_expanded_and_overlapping_views():
