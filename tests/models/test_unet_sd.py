@@ -194,12 +194,12 @@ def test_empty_batch(pair):
 
 @torch.no_grad()
 def test_compiles_without_graph_breaks():
+    """With a number for a timestep; tests/test_accelerate.py compiles it with a tensor."""
     one_level = {"block_out_channels": (32,), "transformer_layers": (1,), "heads": (2,)}
     config = dataclasses.replace(TOY, **one_level)
     model, inputs = UNet(config), make_inputs(config)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for timestep in (7, torch.tensor([7.0, 8.0])):
-        assert_identical(compiled(timestep=timestep, **inputs), model(timestep=timestep, **inputs))
+    assert_identical(compiled(timestep=7, **inputs), model(timestep=7, **inputs))
 
 
 def test_blocks_can_be_swapped():
