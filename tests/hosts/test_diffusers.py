@@ -19,6 +19,7 @@ import small_unets
 from diffusers_models import CONFIGURATIONS, run
 from fastunet.kernels import recording, use_backend
 from fastunet.testing import compare, to_double
+from model_copies import Copies
 
 # An attention layer over an image hands its projections a transposed view; ours are dense tokens,
 # which a CPU's matrix product sums in another order. Elsewhere the reference gives eager's bits.
@@ -35,8 +36,8 @@ def pytorch_backend():
 
 @pytest.fixture(scope="module")
 def built():
-    models = {name: diffusers_models.build(name) for name in CONFIGURATIONS}
-    return lambda name: copy.deepcopy(models[name])
+    models = {name: Copies(diffusers_models.build(name)) for name in CONFIGURATIONS}
+    return lambda name: models[name]()
 
 
 def to(dtype, value):

@@ -60,6 +60,8 @@ def test_a_norm_is_fused_with_silu_where_that_comes_next():
     report = fastunet.accelerate(model)
     assert model.calls is None  # analysis leaves no trace
     assert report.sites == {k: ("group_norm_silu",) for k in YES} | {k: ("group_norm",) for k in NO}
+    with mock.patch.object(generic, "_before_silu", side_effect=AssertionError):
+        assert fastunet.accelerate(model) == fastunet.explain(model) == report
     args = draw()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
