@@ -189,13 +189,16 @@ def ahead() -> Iterator[None]:
         with one_at_a_time:  # two threads in ast.parse raise SystemError in Python 3.11
             return parse(self)
 
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-        replaced(JITFunction, run=only_compile),
-        replaced(JITCallable, parse=parse_alone),
-        compile_together(threads, ignore_errors=True),
-    ):
-        yield
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
+        with (
+            replaced(JITFunction, run=only_compile),
+            replaced(JITCallable, parse=parse_alone),
+            compile_together(threads, ignore_errors=True),
+        ):
+            yield
+    finally:
+        threads.shutdown(cancel_futures=True)  # who interrupts does not wait for the others
 
 
 @contextlib.contextmanager
