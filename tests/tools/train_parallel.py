@@ -33,7 +33,10 @@ Gradients = dict[str, Tensor]
 
 
 def gradients(model: torch.nn.Module, plain: TextToImage, draws: Draws, alone: bool) -> Gradients:
-    """Of each step's loss, without a step being made, stacked; of one process's or all of them."""
+    """Of each step's loss, without a step being made, stacked; of one process's or all of them.
+
+    What is in shards is put together in the end: one exchange for all, not one for each gradient.
+    """
     order = Order(0, STEPS, 8, 0, 1) if alone else Order(0, STEPS, 8, rank(), world_size())
     parameters = list(model.parameters())
     found: list[list[Tensor]] = []
@@ -46,9 +49,13 @@ def gradients(model: torch.nn.Module, plain: TextToImage, draws: Draws, alone: b
             timesteps=drawn.timesteps, noise=drawn.noise.to(dtype),
         ).backward()  # fmt: skip
         grads = [parameter.grad for parameter in parameters]
-        found.append([getattr(g, "full_tensor", g.clone)() for g in grads])
+        found.append([getattr(g, "to_local", lambda g=g: g)().clone() for g in grads])
+    stacked = [torch.stack(steps) for steps in zip(*found, strict=True)]
+    if any(hasattr(parameter, "to_local") for parameter in parameters):
+        shards: list[Any] = [None, None]
+        dist.all_gather_object(shards, stacked)
+        stacked = [torch.cat(parts, 1) for parts in zip(*shards, strict=True)]
     names = [name for name, _ in plain.named_parameters()]
-    stacked = map(torch.stack, zip(*found, strict=True))
     return dict(zip(names, stacked, strict=True))
 
 
