@@ -35,7 +35,8 @@ def draw(batch, heads, head_dim, queries, keys, dtype=torch.float32, device="cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_parity_at_the_head_dims_of_the_real_models(head_dim, dtype, keys, device):
-    args = draw(1, 2, head_dim, 70, keys, dtype, device)
+    """One head: several are told apart at each head dim below, whatever the dtype and length."""
+    args = draw(1, 1, head_dim, 70, keys, dtype, device)
     assert_gradients(triton_attention, reference.attention, *args)
 
 

@@ -535,7 +535,7 @@ def test_every_part_in_slices(layout, tokens, device):
 
 @pytest.mark.usefixtures("many_processors")
 def test_slices_give_the_same_bits_on_every_run(device):
-    x, shift = torch.randn(1, 32, 64, 64, device=device).half(), torch.randn(1, 32, device=device)
+    x, shift = torch.randn(1, 32, 40, 40, device=device).half(), torch.randn(1, 32, device=device)
     runs = [result_and_gradients((x, 2), dict(shift=shift)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -543,8 +543,8 @@ def test_slices_give_the_same_bits_on_every_run(device):
 @pytest.mark.usefixtures("many_processors")
 def test_a_bad_value_in_one_slice_spoils_its_group_and_no_other(device):
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(1, 32, 64, 64, device=device).to(memory_format=layout)
-        x[0, 17, 63, 63] = float("nan")
+        x = torch.randn(1, 32, 40, 40, device=device).to(memory_format=layout)
+        x[0, 17, 39, 39] = float("nan")
         (d_x,) = torch.autograd.grad(triton_group_norm(x.requires_grad_(), 2).sum(), x)
         for result in (triton_group_norm(x.detach(), 2), d_x):
             assert result[:, 16:].isnan().all() and not result[:, :16].isnan().any()
