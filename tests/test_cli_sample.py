@@ -1,9 +1,11 @@
-"""fastunet sample: files and what they hold, the same again, and refusals.
-
-Two processes that share the prompts are in tests/training/test_distributed.py.
+"""fastunet sample: files and what they hold, the same again, refusals, and two processes, of which
+the suite's own are in tests/training/test_distributed.py.
 """
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -170,3 +172,26 @@ def test_a_mask_without_its_image_and_files_without_prompts(folder, tmp_path):
         (tmp_path / "prompts.txt").write_bytes(content)
         result = run(*options, "--prompts", tmp_path / "prompts.txt")
         assert result.exit_code == 2 and text in result.stderr
+
+
+@pytest.mark.proof
+def test_two_processes_write_each_image_once(folder, tmp_path):
+    """Under torchrun, the files of one process to the bit; the second has the odd ones."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red\nblue\nred\n")
+    options = ("--model", folder, "--prompts", prompts, "--steps", 2)
+    alone = drawn(tmp_path / "alone", *options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", "-m", "fastunet", "sample", *map(str, options),
+         "--out", str(tmp_path / "spread")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spread = {p.name: np.array(Image.open(p)) for p in sorted((tmp_path / "spread").iterdir())}
+    assert sorted(done.stdout.split()) == [str(tmp_path / "spread" / name) for name in alone]
+    assert spread.keys() == alone.keys()
+    for name in alone:
+        assert np.array_equal(spread[name], alone[name])
+        assert read_settings(tmp_path / "spread" / name) == read_settings(tmp_path / "alone" / name)

@@ -173,6 +173,7 @@ STEPS = module._steps
 NORM = "_group_norm_backward_kernel"
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("plant", "step", "kernel"),
     [

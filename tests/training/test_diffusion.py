@@ -101,6 +101,7 @@ def test_what_is_written_is_the_model_that_was_trained(whole):
     assert not fastunet.is_accelerated(trained)
 
 
+@pytest.mark.proof
 def test_a_kill_in_the_middle_of_a_checkpoint_loses_nothing(folder, whole, tmp_path):
     out = tmp_path / "run"
     line = [sys.executable, "-m", "fastunet", *command(folder, out, "--save-every", "1")]
