@@ -87,6 +87,10 @@ def _group_norm(device: str) -> Iterator[Case]:
         options = {"shift": randn(2, 20), "scale_shift": scale_shift, "skip": skip}
         yield (x, 2, weight, bias), {**options, "activation": "silu", "tokens": True}
         yield (x, 2, weight, bias), options
+        # A skip whose lines lie apart, cut out of a larger image.
+        whole = randn(2, 8, 9, 11).to(memory_format=layout)
+        x = randn(2, 12, 4, 5).to(memory_format=layout)
+        yield (x, 2, weight, bias), {"skip": whole[:, :, 2:6, 3:8]}
         # Off zero; and a variance that eps decides.
         for spread, mean in ((1, 100), (1e-3, 0)):
             x = (randn(1, 20, 3, 3) * spread + mean).to(memory_format=layout)
@@ -170,7 +174,8 @@ def _add_layer_norm(device: str) -> Iterator[Case]:
     for dtype in (torch.float16, torch.float32):
         for features, tokens in ((320, 7), (24, 90), (1280, 9)):
             yield make_inputs("add_layer_norm", features, tokens, dtype=dtype, device=device)
-        yield make_inputs("add_layer_norm", 40, 3, mean=100.0, dtype=dtype, device=device)
+        # The mean of a long row is rounded, and by how much is taken off afterwards.
+        yield make_inputs("add_layer_norm", 1280, 3, mean=1000.0, dtype=dtype, device=device)
         (x, residual, weight, bias), _ = make_inputs(
             "add_layer_norm", 40, 6, dtype=dtype, device=device
         )

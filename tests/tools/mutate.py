@@ -158,6 +158,13 @@ EXPLAINED: dict[str, str] = {
     "* GROUP_C: i < slices -> i <= slices": "the count past the last slice multiplies zeros",
     "_attention_d_key_value: base = tl.load(statistics_ptr + m, mask=m < M, other=0.0): "
     "m < M -> m <= M": "past the last base lies an inverse, and its weight is multiplied by 0",
+    "_attention_tile: if left.dtype == tl.float32:: "
+    "left.dtype == tl.float32 -> left.dtype != tl.float32": (
+        "the interpreter sums products apart from the total, whichever way it is asked"
+    ),
+    "geglu: k = tl.floor(exponent * 1.4426950408889634 + 0.5): 1.4426950408889634 -> 0": (
+        "the interpreter's exp loses no digits far from zero, as a GPU's does"
+    ),
     "layer_norm: z = tl.where(mask, (total - guess - correction) * rstd, 0.0): 0.0 -> 1": (
         "where z is masked, so is the gradient that it multiplies"
     ),
