@@ -163,7 +163,7 @@ EXPLAINED: dict[str, str] = {
         "the interpreter sums products apart from the total, whichever way it is asked"
     ),
     "geglu: k = tl.floor(exponent * 1.4426950408889634 + 0.5): 1.4426950408889634 -> 0": (
-        "the interpreter's exp loses no digits far from zero, as a GPU's does"
+        "a GPU's exp loses digits far from zero, the interpreter's loses none"
     ),
     "layer_norm: z = tl.where(mask, (total - guess - correction) * rstd, 0.0): 0.0 -> 1": (
         "where z is masked, so is the gradient that it multiplies"
