@@ -1,12 +1,15 @@
 """When may a fused forward read a child's parameters, instead of calling the child?"""
 
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _module
 
 Layer = TypeVar("Layer", bound=nn.Module)
+# (class, method) -> the classes that it comes from, each with its own function
+_own: dict[tuple[type, str], list[tuple[type, Any]]] = {}
 
 
 def is_plain(child: object, kind: type[Layer]) -> TypeGuard[Layer]:
@@ -21,11 +24,39 @@ def is_plain(child: object, kind: type[Layer]) -> TypeGuard[Layer]:
     hooked = hooked or child._backward_hooks or child._backward_pre_hooks
     hooked = hooked or _module._global_forward_hooks or _module._global_forward_pre_hooks
     hooked = hooked or _module._global_backward_hooks or _module._global_backward_pre_hooks
-    if hooked or is_wrapped(child):
+    if hooked or is_wrapped(child) or is_patched(kind):
         return False
     values = child._parameters.values()
     # torch.export traces with fakes of plain parameters.
     return all(p is None or type(p) in (nn.Parameter, Tensor, FakeTensor) for p in values)
+
+
+def is_patched(cls: type, name: str = "forward") -> bool:
+    """Whether another function stands in the place of a method of the class, or of one that it
+    derives from: one whose code is of another package.
+
+    torch.compile, which cannot trace this, goes by what it was when the model was accelerated.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    own = _own.get((cls, name))
+    if own is None or any([vars(each).get(name) is not function for each, function in own]):
+        own = [(each, vars(each)[name]) for each in cls.__mro__ if name in vars(each)]
+        if not all(_is_at_home(function, each) for each, function in own):
+            return True
+        _own[cls, name] = own
+    return False
+
+
+def _is_at_home(function: Any, cls: type) -> bool:
+    """Decorated by PyTorch it still is."""
+    home = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+    return home in (cls.__module__.partition(".")[0], "torch")
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func runs: vmap's tensors have no address and tell no layout."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def is_wrapped(module: nn.Module) -> bool:

@@ -7,26 +7,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import kernels
-from fastunet._plain import is_plain
+from fastunet._plain import is_patched, is_plain
 from fastunet._time_projection import project
 from fastunet.hosts import _sites
 from fastunet.nn.attention import attend
-from fastunet.nn.convolution import add_shortcut, convolve
+from fastunet.nn.convolution import add_shortcut, adds_shortcut, convolve
 from fastunet.nn.group_norm import fused_norm, normalize
 from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.upsample import fits, pays, upsample_conv
 
+PATCHED = "class_forward", "its forward was replaced on the class"
 PACKAGES = ("ldm.", "sgm.", "guided_diffusion.", "improved_diffusion.")
 
 
 class FusedResBlock:
-    """For ``ResBlock``. Its forward, which may checkpoint, calls ``_forward``."""
+    """For ``ResBlock``. Its own forward, which may checkpoint, calls ``_forward``."""
 
-    def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor | tuple[Tensor, Tensor], emb: Tensor) -> Tensor:
+        """``x`` may be two parts, whose channels stand one after the other: (x, skip)."""
+        if isinstance(x, tuple):
+            x, skip = x
+            if not _reads_apart(self, x, skip):
+                x, skip = torch.cat([x, skip], dim=1), None
+            return self._forward(x, emb, skip)
+        return super().forward(x, emb)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _forward(self: Any, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         if unlike_res_block(self) is not None:
             return super()._forward(x, emb)  # pyright: ignore[reportAttributeAccessIssue]
         norm, activation, conv = self.in_layers
-        h = _norm(norm, x, activation)
+        h = _norm(norm, x, activation, skip=skip)
         if getattr(self, "updown", False):  # improved-diffusion has none
             h, x = self.h_upd(h), self.x_upd(x)
         h, shift = convolve(conv, h)  # [C], the bias, or None
@@ -40,7 +50,7 @@ class FusedResBlock:
         h = _norm(norm, h, activation, shift=shift, scale_shift=scale_shift)
         for layer in rest:
             h = layer(h)
-        return add_shortcut(conv, h, self.skip_connection, x)
+        return add_shortcut(conv, h, self.skip_connection, x, skip)
 
 
 def _time_shift(block: Any, emb: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,8 +60,16 @@ def _time_shift(block: Any, emb: Tensor, bias: Tensor | None = None) -> Tensor:
     return layers(emb) if bias is None else layers(emb) + bias
 
 
+def _reads_apart(block: Any, x: Tensor, skip: Tensor) -> bool:
+    if unlike_res_block(block) is not None or getattr(block, "updown", False):
+        return False
+    return adds_shortcut(block.out_layers[-1], block.skip_connection, x, skip)
+
+
 def unlike_res_block(block: Any) -> tuple[str, str] | None:
     """(reason code, detail) of what the block does beside FusedResBlock, or None."""
+    if is_patched(type(block), "_forward"):
+        return PATCHED
     for option in ("skip_t_emb", "exchange_temb_dims"):  # of sgm
         if getattr(block, option, False):
             return "time_embedding_norm", f"{option} is True"
@@ -93,6 +111,8 @@ class FusedCrossAttention:
 
 def unlike_cross_attention(layer: Any) -> tuple[str, str] | None:
     """(reason code, detail) of what the layer does beside FusedCrossAttention, or None."""
+    if is_patched(type(layer)):
+        return PATCHED
     if getattr(layer, "backend", None) is not None:
         return "attention_options", f"PyTorch's kernel was chosen: backend={layer.backend}"
     if not is_plain(layer.to_out, nn.Sequential):
@@ -123,7 +143,9 @@ class FusedAttentionBlock:
 def unlike_attention_block(block: Any) -> tuple[str, str] | None:
     """(reason code, detail) of what the block does beside FusedAttentionBlock, or None."""
     attention = block.attention
-    if not any(_is_theirs(attention, name) for name in ("QKVAttention", "QKVAttentionLegacy")):
+    if is_patched(type(block), "_forward"):
+        return PATCHED
+    if not any(is_theirs(attention, name) for name in ("QKVAttention", "QKVAttentionLegacy")):
         return "not_plain", f"{type(attention).__name__} has hooks, or its order is not known"
     if not is_norm(block.norm):
         return "not_plain", "its norm has hooks or another class"
@@ -132,6 +154,8 @@ def unlike_attention_block(block: Any) -> tuple[str, str] | None:
 
 class FusedGEGLU:
     def forward(self: Any, x: Tensor) -> Tensor:
+        if is_patched(type(self)):
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         return kernels.geglu(self.proj(x))
 
 
@@ -139,6 +163,8 @@ class FusedResnetBlock:
     """For the ``ResnetBlock`` of the autoencoder, whose SiLU is a function."""
 
     def forward(self: Any, x: Tensor, temb: Tensor | None) -> Tensor:
+        if is_patched(type(self)):
+            return super().forward(x, temb)  # pyright: ignore[reportAttributeAccessIssue]
         h, shift = convolve(self.conv1, normalize(self.norm1, x, activation="silu"))
         if temb is not None:
             time = self.temb_proj(F.silu(temb))
@@ -162,7 +188,8 @@ def unlike_resnet_block(block: Any) -> tuple[str, str] | None:
 
 class FusedTransformerBlock(nn.Module):
     def _forward(self: Any, x: Tensor, context: Any = None, **kwargs: Any) -> Tensor:
-        if any(kwargs.values()):  # tokens beside, and frames of a video, in sgm
+        # Tokens beside, and frames of a video, in sgm.
+        if any(kwargs.values()) or is_patched(type(self), "_forward"):
             return super()._forward(x, context=context, **kwargs)  # pyright: ignore
         own = context if self.disable_self_attn else None
         x, h = add_normalize(self.norm2, self.attn1(self.norm1(x), context=own), x)
@@ -183,7 +210,8 @@ class FusedSpatialTransformer:
     def forward(
         self: Any, x: Tensor, context: Tensor | None = None, *args: Any, **kw: Any
     ) -> Tensor:
-        if args or kw or isinstance(context, list):  # a context for each block
+        # A list is a context for each block.
+        if args or kw or isinstance(context, list) or is_patched(type(self)):
             return super().forward(x, context, *args, **kw)  # pyright: ignore
         linear = getattr(self, "use_linear", False)  # Stable Diffusion 1's has none
         tokens = _sites.project_in(self, x, linear)
@@ -197,7 +225,7 @@ class FusedUpsample:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         conv = upsampled_conv(self)
-        if args or kwargs or conv is None or not pays(conv, x):
+        if args or kwargs or conv is None or is_patched(type(self)) or not pays(conv, x):
             return super().forward(x, *args, **kwargs)  # pyright: ignore
         return upsample_conv(conv, x)
 
@@ -241,16 +269,16 @@ def _norm(norm: Any, x: Tensor, activation: Any, **options: Any) -> Tensor:
 def is_norm(module: object) -> bool:
     """A GroupNorm, or GroupNorm32: that one in fp32, as ours is inside, with a result as its x."""
     return is_plain(module, nn.GroupNorm) or (
-        isinstance(module, nn.GroupNorm) and _is_theirs(module, "GroupNorm32")
+        isinstance(module, nn.GroupNorm) and is_theirs(module, "GroupNorm32")
     )
 
 
 def is_silu(module: object) -> bool:
     """PyTorch's SiLU, or the class of that name in these packages."""
-    return is_plain(module, nn.SiLU) or _is_theirs(module, "SiLU")
+    return is_plain(module, nn.SiLU) or is_theirs(module, "SiLU")
 
 
-def _is_theirs(module: Any, name: str) -> bool:
+def is_theirs(module: Any, name: str) -> bool:
     """Whether it is of a class of this name in these packages, and plain."""
     own = type(module)
     named = own.__name__ == name and own.__module__.startswith(PACKAGES)

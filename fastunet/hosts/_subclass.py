@@ -2,7 +2,9 @@
 
 import copyreg
 import functools
-from typing import Any
+from typing import Any, TypeVar
+
+Fused = TypeVar("Fused")
 
 
 class Subclass(type):
@@ -13,10 +15,16 @@ class Subclass(type):
 def subclass(fused: type, plain: type) -> type[Any]:
     """A subclass of ``plain`` whose forward is that of ``fused``, the same one at every call.
 
-    A ``transparent`` one keeps the name of the plain class, which a saved configuration tells.
+    A ``transparent`` one keeps the module of the plain class, which a saved configuration tells.
     """
     named = plain if getattr(fused, "transparent", False) else fused
-    return Subclass(named.__name__, (fused, plain), {"__module__": named.__module__})
+    return Subclass(plain.__name__, (fused, plain), {"__module__": named.__module__})
+
+
+def named_as_host(fused: type[Fused]) -> type[Fused]:
+    """The class under the name of the one that it derives from: tools look for layers by it."""
+    fused.__name__ = fused.__bases__[0].__name__
+    return fused
 
 
 def seen_class(module: object) -> type[Any]:

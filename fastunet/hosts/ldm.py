@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from fastunet._plain import is_plain, is_wrapped
+from fastunet._plain import is_patched, is_plain, is_wrapped
 from fastunet.hosts import Left, Swap, join
 from fastunet.hosts._ldm_layers import (
     PACKAGES,
+    PATCHED,
     FusedAttentionBlock,
     FusedCrossAttention,
     FusedGEGLU,
@@ -32,6 +33,7 @@ from fastunet.hosts._ldm_layers import (
     unlike_upsample,
     upsampled_conv,
 )
+from fastunet.hosts._ldm_unet import fused_forward
 from fastunet.hosts._subclass import Subclass, seen_class, subclass
 from fastunet.nn import GroupNorm
 from fastunet.nn.upsample import is_on
@@ -85,16 +87,23 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         return
     if kind in NORMS:  # those of a derived class are called like any other
         yield from _lone_norm(join(name, NORMS[kind]), getattr(module, NORMS[kind], None))
-        if kind == "SpatialTransformer" and own.__name__ == kind and not is_wrapped(module):
+        if kind == "SpatialTransformer" and own.__name__ == kind and _may_be_replaced(module, own):
             yield Swap(name, module, subclass(FusedSpatialTransformer, own), ())
         if kind in IMAGE_ATTENTION:
             yield Left(name, "attention_options", "its projections are convolutions of an image")
     elif kind in UNETS:
         yield from _out(join(name, "out"), module.out)
+        forward = fused_forward(own)
+        if forward is not None and _may_be_replaced(module, own):
+            yield Swap(name, module, subclass(forward, own), ())
     elif own.__name__ != kind or not own.__module__.startswith(PACKAGES):
         yield Left(name, "subclass", f"{own.__name__} may compute something else")
     else:
         yield from _block(name, module, own, *KINDS[kind])
+
+
+def _may_be_replaced(module: nn.Module, own: type[nn.Module]) -> bool:
+    return not (is_wrapped(module) or is_patched(own))
 
 
 def _block(
@@ -102,6 +111,9 @@ def _block(
 ) -> Iterator[Swap | Left]:
     if {"forward", "_forward"} & set(module.__dict__):
         yield Left(name, "instance_forward", "its forward was replaced on the instance")
+        return
+    if is_patched(own) or is_patched(own, "_forward"):
+        yield Left(name, *PATCHED)
         return
     if (other := unlike(module)) is not None:
         yield Left(name, *other)

@@ -88,6 +88,7 @@ def in_fp64(model):
         return exact(model)
     model = copy.deepcopy(model).double()
     model.dtype = torch.float64
+    model.time_embed.register_forward_pre_hook(lambda _, args: (args[0].double(),))
     return model
 
 

@@ -20,6 +20,7 @@ from fastunet.testing import compare, to_double
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 
 
+@ldm_models.at_home
 class SgmTransformer(SpatialTransformer):
     """sgm's has many blocks, and hands all of them the same context."""
 
@@ -32,6 +33,7 @@ class SgmTransformer(SpatialTransformer):
 SgmTransformer.__name__ = "SpatialTransformer"
 
 
+@ldm_models.at_home
 class VideoTransformer(SpatialTransformer):
     __module__ = ldm_models.SGM_ATTENTION
 

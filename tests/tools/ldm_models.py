@@ -5,15 +5,30 @@ computes: the options that the real ldm does not have, or has in another sense.
 """
 
 import math
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch as th  # as they call it: what a forward names is looked at
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 GUIDED, IMPROVED = "guided_diffusion.unet", "improved_diffusion.unet"
 SGM, SGM_ATTENTION = "sgm.modules.diffusionmodules.openaimodel", "sgm.modules.attention"
+
+
+def at_home(cls: type) -> type:
+    """The class with functions that stand in its module: others are known for patches."""
+    home = {**globals(), "__name__": cls.__module__}
+    for name, function in list(vars(cls).items()):
+        if isinstance(function, FunctionType):
+            moved = FunctionType(
+                function.__code__, home, name, function.__defaults__, function.__closure__
+            )
+            moved.__kwdefaults__ = function.__kwdefaults__
+            setattr(cls, name, moved)
+    return cls
 
 
 def wide(x: Tensor) -> Tensor:
@@ -211,12 +226,29 @@ class ImprovedAttentionBlock(AttentionBlock):
 ImprovedAttentionBlock.__name__ = "AttentionBlock"
 
 
+def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+timestep_embedding.__module__ = "guided_diffusion.nn"
+
+
 class UNetModel(nn.Module):
     """Two levels, the lower one with attention; ``blocks`` are the package's own."""
 
     __module__ = GUIDED
 
-    def __init__(self, width: int = 16, *, improved: bool = False, legacy: bool = True) -> None:
+    def __init__(
+        self,
+        width: int = 16,
+        *,
+        improved: bool = False,
+        legacy: bool = True,
+        classes: int | None = None,
+    ) -> None:
         super().__init__()
         self.dtype = torch.float32
         emb, options = 2 * width, {"use_scale_shift_norm": True}
@@ -229,7 +261,10 @@ class UNetModel(nn.Module):
             up = [ResBlock(width, emb, width, up=True, **options)]
             order = QKVAttentionLegacy if legacy else QKVAttention
             attention = AttentionBlock(width, 2, order(2))
-        self.time_embed = nn.Linear(1, emb)
+        self.model_channels, self.num_classes = width, classes
+        self.time_embed = nn.Linear(width, emb)
+        if classes is not None:
+            self.label_emb = nn.Embedding(classes, emb)
         self.input_blocks = nn.ModuleList(
             [
                 TimestepEmbedSequential(nn.Conv2d(4, width, 3, padding=1)),
@@ -250,15 +285,20 @@ class UNetModel(nn.Module):
                 if isinstance(module, (nn.Conv1d, nn.Conv2d)):
                     module.half()
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        emb = self.time_embed(timesteps[:, None].to(self.time_embed.weight.dtype) / 1000)
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        assert (y is not None) == (self.num_classes is not None)
+        hs = []
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        if y is not None:
+            assert y.shape == (x.shape[0],)
+            emb = emb + self.label_emb(y)
         h = x.type(self.dtype)
         for block in self.input_blocks:
             h = block(h, emb)
-        skip = h
+            hs.append(h)
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skip], dim=1), emb)
+            h = block(th.cat([h, hs.pop()], dim=1), emb)
         return self.out(h.type(x.dtype))
 
 
@@ -387,3 +427,8 @@ class MemoryEfficientCrossAttention(CrossAttention):
         if mask is not None:
             raise NotImplementedError
         return super().forward(x, context, **options)
+
+
+for _each in list(globals().values()):
+    if isinstance(_each, type) and _each.__module__.startswith(("guided_", "improved_", "sgm.")):
+        at_home(_each)
