@@ -5,7 +5,7 @@ them masked), 80 = 64 + 16, 160 = 128 + 32, and 77 keys = 64 + 16. What has no s
 its first one in the second's place, unread. Heads are so only where keys or queries stream: outside
 a loop ptxas 12.8, which Triton 3.6 and 3.7 bring, loses the wgmma descriptor of the second product
 with the same weights (seen on an H200: wrong results, illegal accesses). There they are padded, and
-tests/tools/uniform_registers.py looks for the fault in every kernel.
+tests/tools/hopper_faults.py looks for the fault in every kernel.
 
 Where a mask is added, scores keep their own unit: in base 2 the lowest number, which masks are made
 of, would become minus infinity, and a row of nothing else would lose its weights.

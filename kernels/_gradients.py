@@ -102,7 +102,8 @@ class Gradients(torch.autograd.Function):
         operator, training, _ = ctx.call
         given = *grads[: operator.results], *ctx.saved_tensors
         tensors = [tensor for tensor in given if tensor is not None]
-        if not training.planned or _launch.any_broken() or _is_watched(tensors):
+        nothing = all([grad is None for grad in given[: operator.results]])
+        if nothing or not training.planned or _launch.any_broken() or _is_watched(tensors):
             return _gradients_of(ctx, given)
         kind = kind_of(tensors, given, needs=ctx.needs_input_grad)
         known = training.backward.get(kind)

@@ -167,5 +167,6 @@ def is_crop(image: Tensor) -> bool:
 
 
 def is_aligned(rows: Tensor) -> bool:
-    """Whether space is dense and a multiple of 16: then so is the end of every slice."""
+    """Whether space is dense and a multiple of 16: then the end of every slice is one of 16, or of
+    a smaller block, which no mask is wider than."""
     return not _launch.is_channels_last(rows) and rows.shape[2] % 16 == 0

@@ -106,7 +106,8 @@ class Operator:
             return self._reference(args)
         fallback, vendor = asked == "auto", False
         plan = self._plan(args, tensors)
-        decided = fallback, _choices.state()
+        wanted = torch.is_grad_enabled() and tuple([t.requires_grad for t in tensors])
+        decided = fallback, _choices.state(), wanted
         if plan is not None and decided in plan.checked:
             return self._run_checked(plan, args, tensors, fallback)
         reason = _launch.why_not_triton(tensors, by_name=not fallback)

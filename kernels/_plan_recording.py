@@ -69,6 +69,11 @@ class _Recording(TorchDispatchMode):
         self._made: list[int] = []  # by ops
         self._steps: list[Callable[[dict[int, tuple[int, int]]], Any]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its whole compiler to hide this mode from it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

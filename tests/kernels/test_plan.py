@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ import op_calls
 import planned
 from fastunet import kernels
 from fastunet.kernels import _choices, _launch, _plan, _plan_recording
+from fresh_process import FreshProcess
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -102,6 +104,22 @@ def test_public_calls_and_their_gradients(op):
         found = call(seed)
         with mock.patch.object(_plan, "DEVICES", set()):
             assert_same(found, call(seed))
+
+
+def test_a_recording_does_not_import_pytorchs_compiler():
+    """It would, once, for seconds, at the second call of a kind."""
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(planned.__file__).parent)!r})
+import planned
+from fastunet import kernels
+with planned.on_the_cpu():
+    for _ in range(4):
+        kernels.geglu(torch.ones(2, 16), backend="triton")
+print("torch._dynamo" in sys.modules)
+"""
+    with FreshProcess() as process:
+        assert process.run(code, TRITON_INTERPRET="1") is False
 
 
 def test_sliced_partial_sums_and_their_last_addition():
@@ -383,6 +401,48 @@ def test_gradients_go_on_being_recorded():
         with torch.no_grad(), pytest.raises(TypeError):  # a kind of its own
             call(x)
     assert all(torch.equal(grad, grads[0]) for grad in grads)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_mask_that_gets_a_gradient_later_gets_one(backend):
+    """A learned bias, unfrozen: no kernel gives its gradient."""
+    query, context = torch.randn(2, 1, 7, 16, device=DEVICE)
+    query, mask = query[:, :5].clone().requires_grad_(), torch.randn(5, 7, device=DEVICE)
+    call = partial(kernels.attention, query, context, context, 1, mask=mask, backend=backend)
+    for _ in range(4):
+        call().sum().backward()
+    mask.requires_grad_()
+    if backend == "triton":
+        with pytest.raises(NotImplementedError, match="gradient of mask"):
+            call()
+    else:
+        call().square().sum().backward()
+        assert mask.grad is not None and mask.grad.abs().sum() > 0
+    mask.requires_grad_(False)
+    with kernels.recording() as ran:
+        call()
+    assert ran == [("attention", "triton")]
+
+
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("op", op_calls.OPS)
+def test_results_that_nothing_comes_back_to(op):
+    for _ in range(5):
+        made = op_calls.leaves(op, op_calls.arguments(op))
+        results = op_calls.outputs(op, made, backend="triton")
+        others = [made[name] for name in op_calls.differentiable(op, made)]
+        total = sum(_Stop.apply(result).sum() for result in results)
+        (total + sum(other.sum() for other in others)).backward()
+        assert all(torch.equal(other.grad, torch.ones_like(other)) for other in others)
 
 
 def test_what_auto_takes_is_decided_apart():
