@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import _merged, _phases
-from fastunet._plain import is_plain
+from fastunet._plain import is_plain, is_transformed
 
 MOST = 4  # texts that are kept, for each layer
 _local = threading.local()
@@ -36,12 +36,12 @@ def sampling(model: Any) -> Iterator["Constants"]:
     Returns:
         What is kept, with its ``nbytes``; it is freed at the end of the block.
     """
-    before, _local.active = active(), Constants(model)
+    constants = _local.active = Constants(model, around=active())
     try:
-        yield _local.active
+        yield constants
     finally:
-        _local.active.clear()
-        _local.active = before
+        constants.end()
+        active()  # forgets it
 
 
 class Pipeline:
@@ -55,7 +55,13 @@ class Pipeline:
 
 
 def active() -> "Constants | None":
-    return getattr(_local, "active", None)
+    """What the innermost loop of this thread keeps: a generator may have ended an outer one before,
+    or in another thread.
+    """
+    constants: Constants | None = getattr(_local, "active", None)
+    while constants is not None and constants.ended:
+        constants = _local.active = constants.around
+    return constants
 
 
 def key_and_value(layer: Any, context: Tensor) -> Sequence[Tensor]:
@@ -91,16 +97,20 @@ def _compute(layer: Any, source: Tensor) -> Sequence[Tensor]:
 
 @dataclass
 class _Kept:
-    # A text, or a weight, and its memory: held, so that no other tensor gets its id or its address.
+    # A text and weights, and their memory: held, so that no other tensor gets an id or an address.
     held: tuple[Tensor, ...]
     stamp: Any
     values: Sequence[Tensor]
 
 
 class Constants:
-    """What the layers of one model compute of a text, or of their own weight, in one loop."""
+    """What the layers of one model compute of a text, or of their own weight, in one loop.
 
-    def __init__(self, model: Any) -> None:
+    ``around`` is what an outer loop keeps.
+    """
+
+    def __init__(self, model: Any, around: "Constants | None" = None) -> None:
+        self.around, self.ended = around, False
         # Of a function that calls a model nothing is known.
         whole = isinstance(model, nn.Module)
         parts = [model] if whole else getattr(model, "components", {}).values()
@@ -114,8 +124,10 @@ class Constants:
         kept = [each for sources in self._kept.values() for each in sources.values()]
         return sum(value.nbytes for each in kept for value in each.values)
 
-    def clear(self) -> None:
+    def end(self) -> None:
         self._kept.clear()
+        self._layers.clear()
+        self.ended = True
 
     def forget(self, layer: nn.Module) -> None:
         self._kept.pop(id(layer), None)
@@ -136,7 +148,9 @@ class Constants:
         if stamp is None:  # whatever wraps a weight may have edited it by the time that it is off
             self.forget(layer)
         else:
-            sources[id(source)] = _Kept((source, source.detach()), stamp, values)
+            held = (source, *_weights(layer))
+            held += tuple(tensor.detach() for tensor in held)
+            sources[id(source)] = _Kept(held, stamp, values)
             sources.move_to_end(id(source))
             while len(sources) > MOST:
                 sources.popitem(last=False)
@@ -144,14 +158,12 @@ class Constants:
 
     def stamp(self, layer: Any, source: Tensor) -> Any:
         """All that the values depend on; None where that cannot be told."""
-        own = isinstance(layer, nn.Conv2d)
-        layers = (layer,) if own else (layer.to_k, layer.to_v)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or source.is_inference():
             return None
         traced = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        if traced or not all(is_plain(each, nn.Conv2d if own else nn.Linear) for each in layers):
+        if traced or is_transformed() or not _are_plain(layer):
             return None
-        weights = [w for each in layers for w in (each.weight, each.bias) if w is not None]
+        weights = _weights(layer)
         if any(weight.is_inference() for weight in weights):
             return None
         device = source.device.type
@@ -185,6 +197,20 @@ class Constants:
         finally:
             for layer, source, _ in copies:
                 self._kept.get(id(layer), {}).pop(id(source), None)
+
+
+def _layers(layer: Any) -> tuple[Any, ...]:
+    """Those whose weights are read."""
+    return (layer,) if isinstance(layer, nn.Conv2d) else (layer.to_k, layer.to_v)
+
+
+def _are_plain(layer: Any) -> bool:
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    return all(is_plain(each, kind) for each in _layers(layer))
+
+
+def _weights(layer: Any) -> list[Tensor]:
+    return [w for each in _layers(layer) for w in (each.weight, each.bias) if w is not None]
 
 
 def source_of(layer: Any, place: int | None, inputs: Sequence[Tensor]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from fastunet._plain import is_wrapped
+from fastunet._plain import is_transformed, is_wrapped
 
 PLAIN = (bool, int, float, str, torch.dtype, type(None))  # of an argument that is no tensor
 
@@ -20,20 +20,22 @@ class State:
     """
 
     def __init__(self, model: nn.Module, on_gpu: Callable[[Tensor], bool]) -> None:
-        modules = list(model.modules())
-        watched: list[dict[str, Any]] = [module.__dict__ for module in modules]
+        modules = self._modules = list(model.modules())
+        self._classes = list(map(type, modules))
+        watched: dict[int, dict[str, Any]] = {}
         for module in modules:
-            for value in module.__dict__.values():  # an attention processor
-                own = getattr(value, "__dict__", None)
-                others = isinstance(value, (nn.Module, Tensor, type, dict))
-                if isinstance(own, dict) and not others and not inspect.isroutine(value):
-                    watched.append(own)
-        self._watched = [(attributes, _copied(attributes)) for attributes in watched]
+            watched[id(module.__dict__)] = module.__dict__
+            for value in module.__dict__.values():
+                _gather(value, watched)
+        self._watched = [(attributes, _copied(attributes)) for attributes in watched.values()]
         self.tensors = [*model.parameters(), *model.buffers()]
         self.reason = self._unfit(modules, on_gpu)
-        self._addresses = None if self.reason else self._where()
+        self._places = self._where()
 
-    def _where(self) -> list[int]:
+    def _where(self) -> list[Any]:
+        """Addresses; of weights that cannot be captured, devices."""
+        if self.reason is not None:
+            return [tensor.device for tensor in self.tensors]
         return [tensor.data_ptr() for tensor in self.tensors]
 
     def _unfit(self, modules: list[nn.Module], on_gpu: Callable[[Tensor], bool]) -> str | None:
@@ -49,11 +51,29 @@ class State:
         return None
 
     def still_holds(self) -> bool:
+        if self._classes != list(map(type, self._modules)):
+            return False
         try:
             same = all(attributes == copied for attributes, copied in self._watched)
         except Exception:  # tensors beside each other have no truth value: they are others
             return False
-        return same and (self.reason is not None or self._where() == self._addresses)
+        return same and self._where() == self._places
+
+
+def _gather(value: Any, watched: dict[int, dict[str, Any]]) -> None:
+    """Attributes of the plain objects in a module's attribute: of an attention processor, and of
+    what that has in turn."""
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            _gather(each, watched)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _gather(each, watched)
+    elif not isinstance(value, (nn.Module, Tensor, type)) and not inspect.isroutine(value):
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict) and id(own) not in watched:
+            watched[id(own)] = own
+            _gather(own, watched)
 
 
 def _copied(value: Any) -> Any:
@@ -72,11 +92,14 @@ def kind_of(leaf: Any) -> Any:
 
 
 def surroundings(leaves: list[Any]) -> tuple[Any, ...]:
-    """What else PyTorch's ops obey."""
+    """What else PyTorch's ops and ours obey."""
+    from fastunet.kernels import _launch  # no sooner: it brings Triton
+
     device = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return (
         autocast,
+        _launch.asked("auto"),
         torch.is_inference_mode_enabled(),
         *_fp32_precisions(),
         torch.are_deterministic_algorithms_enabled(),
@@ -95,4 +118,5 @@ def outside_inference(model: nn.Module) -> bool:
     """Also under what watches every op or module, which a replay would pass by."""
     hooked = _module._global_forward_hooks or _module._global_forward_pre_hooks
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return bool(torch.is_grad_enabled() or model.training or hooked or modes)
+    watched = hooked or modes or is_transformed()
+    return bool(torch.is_grad_enabled() or model.training or watched)

@@ -75,6 +75,59 @@ def test_the_text_is_computed_once_a_loop(loop, computed):
     assert computed() == before + 2 * loop.layers
 
 
+def test_weights_of_a_call_are_held():
+    """Freed, one's memory and id are the next one's."""
+    layer = fastunet.nn.FlashCrossAttention(320, 768, heads=8, head_dim=40)
+    x, context = torch.randn(1, 4, 320), torch.randn(1, 77, 768)
+    weight = layer.to_k.weight.clone()
+
+    def call(step):
+        merged = {"to_k.weight": weight * (1 + step)}
+        return torch.func.functional_call(layer, merged, (x, context))
+
+    expected = [call(step) for step in range(12)]
+    with fastunet.sampling(layer):
+        assert all(map(torch.equal, [call(step) for step in range(12)], expected))
+
+
+def in_steps(loop, steps=3):
+    with fastunet.sampling(loop.model):
+        for _ in range(steps):
+            loop.same()
+            yield
+
+
+def test_loops_that_take_turns(loop, computed):
+    loops = [in_steps(loop) for _ in range(2)]
+    for each in loops:
+        next(each)
+    for each in loops:  # the outer one ends first
+        list(each)
+    assert _constants.active() is None
+    assert computed() == (2 + 6) * loop.layers  # a text in each loop, all of the fresh model
+
+
+def test_a_loop_that_goes_on_in_another_thread(loop):
+    steps, failures = in_steps(loop), []
+
+    def go_on():
+        try:
+            with use_backend("torch"), torch.no_grad():
+                list(steps)
+        except BaseException as failure:  # to be seen by the test
+            failures.append(failure)
+
+    next(steps)
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    thread.join()
+    assert not failures
+    kept = _constants._local.active
+    assert kept.ended and not kept._layers, "neither the model"
+    assert _constants.active() is None
+    assert _constants._local.active is None, "nor it"
+
+
 def test_another_prompt_and_an_edit_in_place_are_computed(loop, computed):
     with fastunet.sampling(loop.model) as kept:
         for _ in range(2):

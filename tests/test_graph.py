@@ -223,6 +223,71 @@ def test_a_number_deep_in_a_layer_counts(runs):
     assert runs.counts == (2, 4)
 
 
+class _Scale:
+    def __init__(self):
+        self.by = 1.0
+
+
+class _Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = [{"deep": (_Scale(),)}]
+
+    @property
+    def scale(self):
+        return self.parts[0]["deep"][0]
+
+    def forward(self, x):
+        return x * self.scale.by
+
+
+def test_a_number_of_an_object_in_containers_counts():
+    model, x = _Scaled().eval(), torch.ones(2)
+    model.scale.itself = model.scale  # objects may hold each other
+    graph.attach(model)
+    for by in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0):
+        model.scale.by = by
+        assert torch.equal(model(x), x * by)
+    cuda = model.__dict__[graph.MARK]._cuda
+    assert (cuda.captured, cuda.replayed) == (2, 4)
+
+
+class _Twice(nn.Conv2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_another_class_of_a_layer_is_captured_anew(runs):
+    for _ in range(3):
+        runs.same()
+    for model in (runs.model, runs.eager):
+        model.conv_in.__class__ = _Twice
+    for _ in range(3):
+        runs.same()
+    assert runs.counts == (2, 4)
+
+
+def test_a_model_that_was_called_on_a_cpu_first_is_captured(runs, monkeypatch):
+    """fp64 stands for the CPU, and the meta device for another one."""
+    monkeypatch.setattr(Recorded, "holds", lambda self, tensor: tensor.dtype != torch.float64)
+    image, timestep, context = runs.args
+    runs.model.double(), runs.eager.double()
+    with pytest.warns(UserWarning, match="without a CUDA graph: weights are on"):
+        runs.same(image.double(), timestep, context.double())
+    state = runs.model.__dict__[graph.MARK]._state
+    assert state.still_holds()
+    state.tensors = [tensor.to("meta") for tensor in state.tensors]
+    assert not state.still_holds()
+
+
+def test_another_backend_is_another_kind_of_call(runs):
+    for _ in range(3):
+        runs.same()
+    with use_backend("auto"):
+        runs.same()
+    assert runs.counts == (1, 2)
+
+
 def test_a_number_of_an_attention_processor_counts():
     runs = Runs("diffusers")
 
