@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet._plain import is_plain
+from fastunet._plain import is_plain, is_transformed
 
 # A wider product may add up in another order. On CPUs it does, at some shapes, for little gain.
 DEVICES = {"cuda"}
@@ -76,7 +76,7 @@ def together(layers: Sequence[Any], x: Tensor, added: Tensor | None = None) -> S
 def _is_eager_inference(x: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type not in DEVICES:
         return False
-    modes = torch._C._len_torch_dispatch_stack()
+    modes = torch._C._len_torch_dispatch_stack() or is_transformed()
     return not modes and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -114,7 +114,8 @@ def accelerate(model: Any, *, strict: bool = False, cuda_graph: bool = False) ->
     marked = _marked(model)
     for module in marked:
         _merged.pack(_merged.projections(module))
-    _time_projection.lay_together(marked)
+    for part in _parts(model):
+        _time_projection.lay_together(_marked(part))
     if not isinstance(model, nn.Module) and seen_class(model) is type(model):
         model.__class__ = subclass(Pipeline, type(model))
     if cuda_graph:
@@ -173,6 +174,15 @@ def partners(model: nn.Module, site: str) -> list[str]:
 
 def _marked(model: Any) -> list[nn.Module]:
     return [module for _, module in _named_modules(model) if _MARK in module.__dict__]
+
+
+def _parts(model: Any) -> list[nn.Module]:
+    """The models in it, each of which has a time embedding of its own."""
+    found = [model]
+    if not isinstance(model, nn.Module):
+        named = (model.components.get(name) for name in COMPONENTS)
+        found = [part for part in named if isinstance(part, nn.Module)]
+    return [net for part in found for net in getattr(part, "nets", [part])]
 
 
 def _wholes(model: Any) -> list[nn.Module]:

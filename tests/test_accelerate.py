@@ -886,7 +886,7 @@ def test_restore_refuses_a_module_whose_forward_was_wrapped_since():
     module = model.get_submodule(RESNET)
     wrapped = module.forward
     module.forward = lambda *args: wrapped(*args)
-    with pytest.raises(RuntimeError, match="wrapped forward of a FusedResnetBlock2D"):
+    with pytest.raises(RuntimeError, match="wrapped forward of a ResnetBlock2D"):
         fastunet.restore(model)
     assert fastunet.is_accelerated(model) and type(module) is FusedResnetBlock2D
     del module.forward

@@ -47,6 +47,20 @@ def projected(call):
     return sum(len(event.input_shapes[0]) == 2 for event in linear)
 
 
+def test_the_models_of_a_pipeline_have_a_group_each():
+    """Another one's time embedding is another vector, and it may go, or move, by itself."""
+    nets = [small_unets.small("diffusers") for _ in range(3)]
+    controlnet = nn.Module()
+    controlnet.nets = nn.ModuleList(nets[1:])
+    pipe = type("Pipe", (), {"components": {"unet": nets[0], "controlnet": controlnet}})()
+    fastunet.accelerate(pipe)
+    for net in nets:
+        groups = {id(g): g for block in blocks(net) if (g := block._fastunet.projections)}
+        assert len(groups) == 1
+        layers = {id(layer) for group in groups.values() for layer in group.layers}
+        assert layers == {id(block.time_emb_proj) for block in blocks(net)}
+
+
 def test_one_product_a_call(models):
     ours, eager, args = models
     count = len(blocks(eager))

@@ -26,8 +26,9 @@ class Swap:
 class Left:
     """A site that was recognised and not replaced: a machine-readable reason, and its sentence.
 
-    Reasons: activation (not SiLU), attention_options, conditional_norm, instance_forward, not_plain
-    (hooks, another class), processor, subclass, time_embedding_norm.
+    Reasons: activation (not SiLU), attention_options, class_forward (replaced on the class),
+    conditional_norm, instance_forward, not_plain (hooks, another class), processor, subclass,
+    time_embedding_norm.
     """
 
     site: str

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunet._plain import is_plain, is_wrapped
+from fastunet._plain import is_patched, is_plain, is_transformed, is_wrapped
 from fastunet.hosts import Left, Swap, join
-from fastunet.hosts._subclass import seen_class
+from fastunet.hosts._subclass import named_as_host, seen_class
 from fastunet.nn import GroupNorm
 from fastunet.nn.attention import extra_part
 from fastunet.nn.convolution import is_product, project_tokens
@@ -17,6 +17,7 @@ from fastunet.nn.resnet import unlike_plain
 from fastunet.nn.upsample import fits, is_on
 
 
+@named_as_host
 class HeadNorm(nn.GroupNorm):
     """``conv_norm_out`` that computes ``conv_act`` too, as long as nothing stands in between."""
 
@@ -24,6 +25,7 @@ class HeadNorm(nn.GroupNorm):
         return fused_norm(self, input, activation="silu" if head_is_fused(self) else None)
 
 
+@named_as_host
 class HeadActivation(nn.SiLU):
     """``conv_act`` after a :class:`HeadNorm`: its work is done, unless something stands between."""
 
@@ -55,6 +57,8 @@ def head(name: str, unet: Any, plain: type[nn.Module]) -> Iterator[Swap | Left]:
         return
     if not isinstance(activation, nn.SiLU):
         yield Left(site, "activation", f"conv_act is {type(activation).__name__}, not SiLU")
+    elif sum(each is activation for _, each in unet.named_modules(remove_duplicate=False)) > 1:
+        yield Left(site, "not_plain", "conv_act serves other layers too")
     elif not (_free(norm, nn.GroupNorm, HeadNorm) and _free(activation, nn.SiLU, HeadActivation)):
         yield Left(site, "not_plain", "conv_norm_out or conv_act has hooks or another class")
     else:
@@ -79,8 +83,21 @@ def caller(
     site: str, block: Any, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
     """What has no op of its own, but hands to others what they can read better."""
-    if seen_class(block) in (plain, fused) and not is_wrapped(block):
+    if another_forward(block, plain, fused) is None:
         yield Swap(site, block, fused, ())
+
+
+def another_forward(
+    module: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
+) -> tuple[str, str] | None:
+    """(reason code, detail) of why its forward may not be that of ``plain``, or None."""
+    if seen_class(module) not in (plain, fused):
+        return "subclass", f"{type(module).__name__} may compute something else"
+    if is_wrapped(module):
+        return "instance_forward", "its forward was replaced on the instance"
+    if is_patched(plain):
+        return "class_forward", f"forward was replaced on {plain.__name__}"
+    return None
 
 
 def block(
@@ -88,10 +105,8 @@ def block(
 ) -> Iterator[Swap | Left]:
     """A transformer's block: the additions of its residuals with the norms that follow them."""
     ops = tuple("add_layer_norm" for norm in added_norms(block))
-    if seen_class(block) not in (plain, fused):
-        yield Left(site, "subclass", f"{type(block).__name__} may compute something else")
-    elif is_wrapped(block):
-        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    if (other := another_forward(block, plain, fused)) is not None:
+        yield Left(site, *other)
     elif ops:
         yield Swap(site, block, fused, ops)
 
@@ -120,8 +135,9 @@ def project_out(transformer: Any, tokens: Tensor, image: Tensor, linear: bool) -
     if linear or is_product(project, tokens):
         return image + _view_as(image, project_tokens(project, tokens))
     inner = _view_as(image, tokens)
-    channels_last = image.is_contiguous(memory_format=torch.channels_last)
-    if not channels_last or image.is_contiguous():
+    # To be copied, where a transform does not tell the layout.
+    copied = is_transformed() or not image.is_contiguous(memory_format=torch.channels_last)
+    if copied or image.is_contiguous():
         inner = inner.contiguous()
     return project(inner) + image
 
@@ -133,10 +149,8 @@ def _view_as(image: Tensor, tokens: Tensor) -> Tensor:
 def resnet(
     site: str, block: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
-    if seen_class(block) not in (plain, fused):
-        yield Left(site, "subclass", f"{type(block).__name__} may compute something else")
-    elif is_wrapped(block):
-        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    if (other := another_forward(block, plain, fused)) is not None:
+        yield Left(site, *other)
     elif (other := unlike_plain(block)) is not None:
         yield Left(site, *other)
     else:
@@ -157,10 +171,8 @@ def resnet(
 def attention(
     site: str, layer: nn.Module, is_cross: bool, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
-    if seen_class(layer) not in (plain, fused):
-        yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
-    elif is_wrapped(layer):
-        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    if (other := another_forward(layer, plain, fused)) is not None:
+        yield Left(site, *other)
     elif (extra := extra_part(layer)) is not None:
         yield Left(site, "attention_options", f"it computes more than attention: {extra}")
     else:
@@ -177,10 +189,8 @@ def geglu(
     site: str, layer: nn.Module, plain: type[nn.Module], fused: type[nn.Module]
 ) -> Iterator[Swap | Left]:
     """The gate of a feed-forward net. Its projection is called, whatever it is."""
-    if seen_class(layer) not in (plain, fused):
-        yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
-    elif is_wrapped(layer):
-        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    if (other := another_forward(layer, plain, fused)) is not None:
+        yield Left(site, *other)
     else:
         yield Swap(site, layer, fused, ("geglu",))
 
@@ -191,10 +201,8 @@ def upsample(
     """Nearest neighbours by 2 and this convolution."""
     if not is_on():
         return
-    if seen_class(layer) not in (plain, fused):
-        yield Left(site, "subclass", f"{type(layer).__name__} may compute something else")
-    elif is_wrapped(layer):
-        yield Left(site, "instance_forward", "its forward was replaced on the instance")
+    if (other := another_forward(layer, plain, fused)) is not None:
+        yield Left(site, *other)
     elif not fits(conv):
         yield Left(site, "not_plain", "its convolution has hooks, another class or other options")
     else:

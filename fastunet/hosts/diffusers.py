@@ -23,8 +23,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from fastunet import kernels
-from fastunet._plain import is_plain
+from fastunet._plain import is_patched, is_plain
 from fastunet.hosts import Left, Swap, _sites
+from fastunet.hosts._subclass import named_as_host
 from fastunet.nn.attention import attend, extra_part
 from fastunet.nn.group_norm import normalize
 from fastunet.nn.layer_norm import add_normalize
@@ -35,9 +36,11 @@ from fastunet.nn.upsample import pays, upsample_conv
 # with the projections that fuse_qkv_projections() merged.
 SCALED, MERGED = (AttnProcessor, XFormersAttnProcessor), FusedAttnProcessor2_0
 PROCESSORS = (AttnProcessor2_0, MERGED, *SCALED)
+METHODS = {"get_attention_scores", "head_to_batch_dim", "batch_to_head_dim"}  # that they call
 HEADS = (UNet2DConditionModel, UNet2DModel, Encoder, Decoder)  # owners of conv_norm_out
 
 
+@named_as_host
 class FusedResnetBlock2D(ResnetBlock2D):
     """``skip``, which an up block gives, are channels after those of the input."""
 
@@ -50,12 +53,14 @@ class FusedResnetBlock2D(ResnetBlock2D):
         **kw: Any,
     ) -> Tensor:
         unusual = args or kw or (temb is None) != (self.time_emb_proj is None)
+        unusual = unusual or is_patched(type(self))
         if unusual or unlike_plain(self) is not None:
             both = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
             return super().forward(both, temb, *args, **kw)  # pyright: ignore
         return residual(self, input_tensor, temb, skip)
 
 
+@named_as_host
 class FusedAttention(Attention):
     def forward(
         self,
@@ -96,14 +101,17 @@ class FusedAttention(Attention):
         return out if factor == 1.0 else out / factor
 
 
+@named_as_host
 class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # A deprecated `scale`, and a GELU put on the instance, are diffusers' own business.
-        if args or kwargs or "gelu" in self.__dict__:
+        # A deprecated `scale`, and a GELU put in the place of its own, are diffusers' business.
+        patched = is_patched(type(self)) or is_patched(type(self), "gelu")
+        if args or kwargs or patched or "gelu" in self.__dict__:
             return super().forward(hidden_states, *args, **kwargs)
         return kernels.geglu(self.proj(hidden_states))
 
 
+@named_as_host
 class FusedTransformerBlock(BasicTransformerBlock):
     def forward(
         self,
@@ -116,7 +124,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        if cross_attention_kwargs or not is_fused_block(self):
+        if cross_attention_kwargs or is_patched(type(self)) or not is_fused_block(self):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
                 timestep, cross_attention_kwargs, *args, **kwargs,  # pyright: ignore
@@ -137,6 +145,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
         return _chunked_feed_forward(block.ff, normed, block._chunk_dim, block._chunk_size) + x
 
 
+@named_as_host
 class FusedTransformer2DModel(Transformer2DModel):
     """Keeps the memory layout of its input, where diffusers' own returns NCHW."""
 
@@ -150,6 +159,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         return _sites.project_out(self, hidden_states, residual, self.use_linear_projection)
 
 
+@named_as_host
 class FusedUpBlock2D(UpBlock2D):
     """Hands its residual blocks both parts of what they read, where they need no concatenation."""
 
@@ -172,6 +182,7 @@ class FusedUpBlock2D(UpBlock2D):
         return hidden_states
 
 
+@named_as_host
 class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
     """As :class:`FusedUpBlock2D`, with a transformer after each residual block."""
 
@@ -216,16 +227,19 @@ def over_both(resnet: nn.Module, x: Tensor, skip: Tensor, temb: Tensor | None) -
 
 
 def unlike_plain_up(block: Any) -> bool:
-    """Whether an up block computes more: FreeU's changes to both parts, or its layers again."""
+    """Whether an up block computes more: FreeU's changes to both parts, or its layers again; or
+    what was put in the place of its class's forward."""
     free_u = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
-    return free_u or (torch.is_grad_enabled() and block.gradient_checkpointing)
+    again = torch.is_grad_enabled() and block.gradient_checkpointing
+    return free_u or again or is_patched(type(block))
 
 
+@named_as_host
 class FusedUpsample2D(Upsample2D):
     def forward(
         self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        conv = upsampled_conv(self)
+        conv = None if is_patched(type(self)) else upsampled_conv(self)
         if args or kwargs or conv is None or not pays(conv, hidden_states, output_size):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         return upsample_conv(conv, hidden_states)
@@ -250,6 +264,12 @@ def why_not(attention: Attention) -> tuple[str, str] | None:
     """(reason code, detail) of what keeps the layer from the fused attention, or None."""
     if type(attention.processor) not in PROCESSORS:
         return "processor", f"its processor is {type(attention.processor).__name__}"
+    if METHODS & attention.__dict__.keys():
+        return "processor", "a method that its processor calls was replaced on the instance"
+    patched = [name for name in ("forward", *METHODS) if is_patched(type(attention), name)]
+    if patched or is_patched(type(attention.processor), "__call__"):
+        method = f"Attention.{patched[0]}" if patched else type(attention.processor).__name__
+        return "class_forward", f"{method} was replaced"
     extra = extra_part(attention)
     return None if extra is None else ("attention_options", f"it computes more: {extra}")
 
@@ -266,6 +286,8 @@ def visit(name: str, module: nn.Module) -> Iterator[Swap | Left]:
         else:
             is_cross = module.is_cross_attention
             yield from _sites.attention(name, module, is_cross, Attention, FusedAttention)
+    elif isinstance(module, GEGLU) and is_patched(GEGLU, "gelu"):
+        yield Left(name, "class_forward", "gelu was replaced on GEGLU")
     elif isinstance(module, GEGLU):
         yield from _sites.geglu(name, module, GEGLU, FusedGEGLU)
     elif isinstance(module, BasicTransformerBlock) and is_fused_block(module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastunet import kernels
 from fastunet._plain import is_plain
 from fastunet.hosts import Left, Swap, _sites
+from fastunet.hosts._subclass import named_as_host
 from fastunet.models import unet_sd
 from fastunet.nn.attention import attend
 from fastunet.nn.layer_norm import add_normalize
@@ -15,22 +16,26 @@ from fastunet.nn.resnet import residual
 from fastunet.nn.upsample import pays, upsample_conv
 
 
+@named_as_host
 class FusedResnetBlock(unet_sd.ResnetBlock):
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """``skip``, which a :class:`FusedUpLevel` gives, are channels after those of x."""
         return residual(self, x, emb, skip)
 
 
+@named_as_host
 class FusedAttention(unet_sd.Attention):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return attend(self, x, context)
 
 
+@named_as_host
 class FusedGEGLU(unet_sd.GEGLU):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.geglu(self.proj(x))
 
 
+@named_as_host
 class FusedTransformerBlock(unet_sd.TransformerBlock):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x, h = add_normalize(self.norm2, self.attn1(self.norm1(x)), x)
@@ -38,6 +43,7 @@ class FusedTransformerBlock(unet_sd.TransformerBlock):
         return x + self.ff(h)
 
 
+@named_as_host
 class FusedTransformer(unet_sd.Transformer):
     """Keeps the memory layout of its input."""
 
@@ -48,6 +54,7 @@ class FusedTransformer(unet_sd.Transformer):
         return _sites.project_out(self, tokens, x, self.linear_projection)
 
 
+@named_as_host
 class FusedUpLevel(unet_sd.UpLevel):
     """Hands its residual blocks both parts of what they read, where they need no concatenation."""
 
@@ -65,6 +72,7 @@ class FusedUpLevel(unet_sd.UpLevel):
         return x
 
 
+@named_as_host
 class FusedUpsample(unet_sd.Upsample):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         if not pays(self.conv, x, skip.shape[-2:]):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet._plain import is_plain
+from fastunet._plain import is_plain, is_transformed
 from fastunet.kernels import _launch
 
 DEVICES = {"cuda"}  # where the bias is a kernel of its own
@@ -27,7 +27,7 @@ def convolve(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     """conv(x). Of 1x1 and in channels_last it is a product, which adds the bias itself."""
-    if not (x.dim() == 4 and _is_nhwc(x) and is_product(conv, x)):
+    if not (x.dim() == 4 and is_product(conv, x) and _is_nhwc(x)):
         return conv(x)
     y = project_tokens(conv, _rows(x).unflatten(0, (len(x), -1)))  # [N, H * W, C_out]
     return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # [N, C_out, H, W], channels_last
@@ -122,7 +122,7 @@ def _is_1x1(conv: nn.Module) -> bool:
 
 def _gains(conv: nn.Module, x: Tensor) -> bool:
     gains = x.device.type in DEVICES and _launch.asked("auto") != "torch"
-    return gains and is_plain(conv, nn.Conv2d) and conv.bias is not None
+    return gains and not is_transformed() and is_plain(conv, nn.Conv2d) and conv.bias is not None
 
 
 def _is_narrow(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import _constants
-from fastunet._plain import is_plain
+from fastunet._plain import is_plain, is_transformed
 
 # Where accelerated models take it: nowhere, until a committed measurement shows it ahead of cuDNN's
 # convolution, and its bits are the same on every run. A first trial had it ahead on an H200, in
@@ -62,7 +62,8 @@ def pays(conv: nn.Module, x: Tensor, size: Sequence[int] | None = None) -> bool:
         size: (height, width) that is asked for; None is twice that of x.
     """
     device = x.device.type
-    if device not in DEVICES or x.ndim != 4 or torch.compiler.is_dynamo_compiling():
+    traced = torch.compiler.is_dynamo_compiling() or is_transformed()
+    if device not in DEVICES or x.ndim != 4 or traced:
         return False
     if not fits(conv):
         _constants.forget(conv)

@@ -57,6 +57,32 @@ def compare_all(ours, eager, args, name="output"):
 
 
 @torch.no_grad()
+def test_an_activation_that_serves_other_layers_is_left():
+    """Of diffusers before 0.33 there is one SiLU for all layers of all models."""
+    models, silu = [small_unets.small("diffusers") for _ in range(2)], nn.SiLU()
+    (args, kwargs), expected = small_unets.make_inputs("diffusers"), []
+    for model in models:
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.SiLU:
+                    setattr(module, name, silu)
+        expected.append(small_unets.run(model, *args, **kwargs))
+    report = fastunet.accelerate(models[0])
+    assert [left.site for left in report.left] == ["conv_norm_out"]
+    for model, each in zip(models, expected, strict=True):
+        torch.testing.assert_close(small_unets.run(model, *args, **kwargs), each)
+    assert type(silu) is nn.SiLU
+
+
+def test_layers_are_found_by_the_name_of_their_class():
+    """By which tools look for them: adapters, memory savers, compilers of regions."""
+    model = small_unets.small("diffusers")
+    before = Counter(type(module).__name__ for module in model.modules())
+    fastunet.accelerate(model)
+    assert Counter(type(module).__name__ for module in model.modules()) == before
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_site_is_fused_and_restored(built, name):
     model, args = built(name), diffusers_models.inputs(name)
