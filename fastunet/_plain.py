@@ -41,7 +41,8 @@ def is_patched(cls: type, name: str = "forward") -> bool:
         return False
     own = _own.get((cls, name))
     if own is None or any([vars(each).get(name) is not function for each, function in own]):
-        own = [(each, vars(each)[name]) for each in cls.__mro__ if name in vars(each)]
+        found = [each for each in cls.__mro__ if name in vars(each) and each is not nn.Module]
+        own = [(each, vars(each)[name]) for each in found]
         if not all(_is_at_home(function, each) for each, function in own):
             return True
         _own[cls, name] = own

@@ -17,6 +17,7 @@ import ldm_models
 from exact import exact
 from fastunet.kernels import recording, use_backend
 from fastunet.testing import compare
+from ldm_models import shaken
 
 # ldm's gradient checkpointing asks PyTorch by names that are deprecated.
 pytestmark = [
@@ -52,15 +53,6 @@ def pytorch_backend():
     """The reference in place of the kernels; tests of the kernels say so."""
     with use_backend("torch"):
         yield
-
-
-def shaken(model):
-    """Nothing stays at zero: neither last convolutions nor biases."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_((0.3 if parameter.ndim == 1 else 0.02) * torch.randn_like(parameter))
-    return model.eval()
 
 
 def build(name, **changes):

@@ -19,6 +19,7 @@ from fastunet.hosts._ldm_unet import FusedGuidedUNetModel, FusedUNetModel, fused
 from fastunet.kernels import use_backend
 from fastunet.nn import convolution
 from fastunet.testing import compare
+from ldm_models import shaken
 
 # ldm's gradient checkpointing asks PyTorch by names that are deprecated.
 pytestmark = [
@@ -55,15 +56,6 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr("ldm.modules.attention._ATTN_PRECISION", "fp16")
     with use_backend("torch"):
         yield
-
-
-def shaken(model):
-    """Nothing stays at zero: neither last convolutions nor biases."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_((0.3 if parameter.ndim == 1 else 0.02) * torch.randn_like(parameter))
-    return model.eval()
 
 
 def build(**changes):
