@@ -1,7 +1,9 @@
 """What a captured forward depends on beside the values of its inputs and weights."""
 
 import inspect
+import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch.nn.modules import module as _module
 
 from fastunet._plain import is_transformed, is_wrapped
 
+DEPTH = 4  # objects and containers within each other whose attributes count
+# Seen by themselves; or without an end, and no part of what a forward computes.
+APART = (nn.Module, Tensor, type, ModuleType, logging.Logger)
 PLAIN = (bool, int, float, str, torch.dtype, type(None))  # of an argument that is no tensor
 
 
@@ -60,20 +65,19 @@ class State:
         return same and self._where() == self._places
 
 
-def _gather(value: Any, watched: dict[int, dict[str, Any]]) -> None:
+def _gather(value: Any, watched: dict[int, dict[str, Any]], depth: int = DEPTH) -> None:
     """Attributes of the plain objects in a module's attribute: of an attention processor, and of
     what that has in turn."""
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            _gather(each, watched)
-    elif isinstance(value, dict):
-        for each in value.values():
-            _gather(each, watched)
-    elif not isinstance(value, (nn.Module, Tensor, type)) and not inspect.isroutine(value):
-        own = getattr(value, "__dict__", None)
-        if isinstance(own, dict) and id(own) not in watched:
-            watched[id(own)] = own
-            _gather(own, watched)
+    if depth == 0 or isinstance(value, APART) or inspect.isroutine(value):
+        return
+    within: Any = value if isinstance(value, (list, tuple)) else ()
+    attributes = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        if value is not attributes:
+            watched[id(attributes)] = attributes
+        within = attributes.values()
+    for each in within:
+        _gather(each, watched, depth - 1)
 
 
 def _copied(value: Any) -> Any:

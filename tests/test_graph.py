@@ -6,6 +6,7 @@ Python value as it was, and reads weights and arguments from where they lay.
 
 import contextlib
 import copy
+import logging
 import pickle
 import warnings
 
@@ -244,12 +245,14 @@ class _Scaled(nn.Module):
 def test_a_number_of_an_object_in_containers_counts():
     model, x = _Scaled().eval(), torch.ones(2)
     model.scale.itself = model.scale  # objects may hold each other
+    model.library, model.logger = torch, logging.getLogger("fastunet.tests")  # and hold too much
     graph.attach(model)
     for by in (1.0, 1.0, 1.0, 2.0, 2.0, 2.0):
         model.scale.by = by
         assert torch.equal(model(x), x * by)
     cuda = model.__dict__[graph.MARK]._cuda
     assert (cuda.captured, cuda.replayed) == (2, 4)
+    assert len(model.__dict__[graph.MARK]._state._watched) == 2, "the model's and the scale's"
 
 
 class _Twice(nn.Conv2d):
