@@ -69,3 +69,21 @@ def test_a_cell_is_the_worst_of_its_variants(make_targets):
     assert "| `_geglu_kernel` | float16 |  |  | 2 |  | 40 / 0 / 2 / 0 / 128 |" in (
         targets.PAGE.read_text()
     )
+
+
+def test_what_was_found_of_a_target_is_kept_until_a_source_is_another(monkeypatch, tmp_path):
+    calls = []
+
+    def run(*args):
+        calls.append(args)
+        return '3.7.1\n{"row": "a row"}\n'
+
+    monkeypatch.setattr(targets, "ROOT", tmp_path)
+    monkeypatch.setattr(targets, "_run", run)
+    kernel = tmp_path / "kernels" / "geglu.py"
+    kernel.parent.mkdir()
+    for source, expected in (("x = 1", 1), ("x = 1", 1), ("x = 2", 2)):
+        kernel.write_text(source)
+        version, target, variants, _ = targets._compile(".venv", "sm_90")
+        assert (version, target, variants) == ("3.7.1", "sm_90", [{"row": "a row"}])
+        assert len(calls) == expected

@@ -4,9 +4,11 @@ the rules of gate.py, and the whole to the committed table (docs/targets.md and 
     TRITON_INTERPRET=0 .venv/bin/python tests/tools/targets.py             red where either differs
     TRITON_INTERPRET=0 .venv/bin/python tests/tools/targets.py --update    writes the table
 
-What has been compiled before is taken from build/targets.
+What has been compiled before is taken from build/targets: kernels from Triton's cache, and of a
+target that was through all that was found, until anything that it hangs on is another.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,6 +25,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "targets.md"
 VENVS = (".venv", ".venv-triton36")
+# What decides what is compiled; the constraints say with which Triton and ptxas.
+SOURCES = (
+    "kernels/*.py", "fastunet/offline.py", "fastunet/testing.py", "constraints*.txt",
+    *(f"tests/tools/{name}.py" for name in (
+        "compile_target", "model_calls", "op_calls", "offline", "resource_usage",
+    )),
+)  # fmt: skip
 
 Table = dict[str, dict[str, dict[str, list[int]]]]  # Triton -> row -> target -> gate.FIELDS
 
@@ -51,9 +60,20 @@ def compile_all() -> Iterator[tuple[str, str, list[dict], float]]:
 def _compile(venv: str, target: str) -> tuple[str, str, list[dict], float]:
     started = time.monotonic()
     cache = ROOT / "build" / "targets" / venv
-    lines = _run(venv, "compile_target.py", target, str(cache)).splitlines()
+    found = cache.with_name(f"{venv.strip('.')}-{target}-{_sources()}.jsonl")
+    if not found.exists():
+        text = _run(venv, "compile_target.py", target, str(cache))
+        found.parent.mkdir(parents=True, exist_ok=True)
+        found.write_text(text)
+    lines = found.read_text().splitlines()
     variants = [json.loads(line) for line in lines[1:]]
     return lines[0], target, variants, time.monotonic() - started
+
+
+def _sources() -> str:
+    """A short name of all that a target's variants hang on."""
+    paths = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def _run(venv: str, script: str, *args: str) -> str:
