@@ -17,7 +17,7 @@ from rich.text import Text
 from triton import knobs
 
 from fastunet import dry_run, offline
-from fastunet.kernels import _launch
+from fastunet.kernels import _group_norm_channels_last, _launch
 from fastunet.models import UNetConfig
 
 PIXELS = 8  # of an image for one of its latent image, along a side
@@ -28,6 +28,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # By the number of processors a backward pass decides how many partial sums it takes, and in which
 # dtype they are: with few of them there is one, with many as many as there can be.
 PROCESSORS = (1, 1 << 20)
+# By the number of its positions an NHWC image is normalised by one kernel or by three.
+FEWEST = (0, 1 << 30)
 
 Size = tuple[int, int]
 Call = Callable[[int, int, int], object]  # batch, height and width of the latent image
@@ -151,7 +153,7 @@ def warmup(
     check_arguments(config, sizes, batch, dtype)
     device = _device(target)
     calls = (_steps if training else _forward_pass)(config, dtype, channels_last)
-    processors = PROCESSORS if training else (device.multiprocessors,)
+    processors = PROCESSORS if training else (device.multiprocessors,) * (1 + channels_last)
     count = itertools.count(1)
 
     def tell(made: offline.Compilation) -> None:
@@ -164,8 +166,12 @@ def warmup(
                 call(samples, height // PIXELS, width // PIXELS)
 
     def run_asked() -> None:
-        for size, number in itertools.product(sizes, processors):
-            with offline.replaced(_launch, processors=lambda tensor, number=number: number):
+        ways = zip(processors, FEWEST, strict=False)  # of a backward and of a forward pass
+        for size, (number, fewest) in itertools.product(sizes, list(ways)):
+            with (
+                offline.replaced(_launch, processors=lambda tensor, number=number: number),
+                offline.replaced(_group_norm_channels_last, FEWEST=fewest),
+            ):
                 run(batch, size)
 
     with offline.compiling(device, tell) as launches:

@@ -5,9 +5,8 @@ it is, or written as tokens.
     v = (u - mean) / sqrt(var + eps) * weight[c] + bias[c]
     y = act(v * (1 + scale[n, c]) + offset[n, c])                 scale, offset = the scale_shift
 
-A program owns whole groups of one sample (NCHW: one group; NHWC: neighbouring ones, so that a row
-of its tile is one long contiguous read); see _group_norm_tile for how it walks them. The
-concatenation and the addition live in registers only.
+A program owns whole groups of one sample and walks them as _group_norm_tile says; NHWC images of
+many positions go another way, _group_norm_channels_last. Concatenation and sum live in registers.
 
 A mean is a guess plus its correction, two numbers: the guess is the mean of the first tile, and
 sums and squares are taken of what is left. So data far from zero cost no digits, and nothing ever
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels import _checks, _launch
+from fastunet.kernels import _group_norm_channels_last as channels_last
 from fastunet.kernels._group_norm_tile import (
     APPLY,
     MAX_CHANNELS,
@@ -165,7 +165,8 @@ def _group_norm_kernel(
         tl.store(slot + 1, correction, mask=mask_g)
         tl.store(slot + 2, m2, mask=mask_g)
     else:
-        variance = tl.maximum(m2 / (tl.cast(S, ACC) * GROUP_C), 0.0)
+        variance = m2 / (tl.cast(S, ACC) * GROUP_C)
+        variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays, which a maximum drops
         rstd = tl.rsqrt(variance + eps)
         if statistics_ptr is not None:
             if part == 0:
@@ -223,15 +224,21 @@ def _forward(
     y_rows = y.mT if tokens else _launch.rows(y)
     samples, channels, space = y_rows.shape
     group_channels = channels // num_groups
+    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
+    shift, stride_shift = dense_channels(shift)
+    scale_shift, stride_scale = dense_channels(scale_shift)
+    if block := channels_last.block_of(y_rows, rows, skip, num_groups):
+        channels_last.forward(
+            y_rows, saved, rows, skip_rows, block, num_groups, weight, bias, float(eps), shift,
+            stride_shift, scale_shift, stride_scale, activation,
+        )  # fmt: skip
+        return y, saved
     long_rows = tokens or _launch.is_channels_last(rows)
     tile = launch_table(
         samples, num_groups, group_channels, space,
         group_channels * x.element_size() if long_rows else 0, TILE_BYTES // x.element_size(),
         _launch.processors(x),
     )  # fmt: skip
-    weight, bias = (p if p is None else p.contiguous() for p in (weight, bias))
-    shift, stride_shift = dense_channels(shift)
-    scale_shift, stride_scale = dense_channels(scale_shift)
     slices, phases = statistics, [WHOLE]  # of one slice nothing is written
     if tile.slices > 1:
         shape = (samples, num_groups, tile.slices, 3)

@@ -16,6 +16,7 @@ import offline
 from model_calls import Call
 
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
+ADDS_UP = ("_sum_over_space_kernel", "_group_statistics_kernel")
 
 
 def wanted() -> Iterator[Call]:
@@ -52,8 +53,8 @@ def variants(target: str, calls: Iterable[Call], cache: str | None = None) -> It
                 seen.add((name, compiled.hash))
                 if compiled.hash not in resources:
                     resources[compiled.hash] = offline.resources(compiled)
-                # The sums of a few slices are too few to be read in vectors.
-                adds_up = index > 0 and launch.kernel == "_sum_over_space_kernel"
+                # Sums of a few slices, or of a group's channels, are too few to be read in vectors.
+                adds_up = index > 0 and launch.kernel in ADDS_UP
                 yield {
                     "row": name, "sizes": call.sizes, "vectors": not adds_up,
                     "used": resources[compiled.hash],

@@ -233,6 +233,12 @@ def _group_norm(draw: Draw) -> Call:
         return _group_norm_tile.Tile(owned, width, tile, slices)
 
     patches = {f"{file}.launch_table": table for file in ("group_norm", "group_norm_backward")}
+    sizes = {
+        "FEWEST": [0, 0, 128], "CHANNELS": [1, 4, 16, 64], "SUMS": [4, 16], "APPLIED": [8, 64],
+        "WAVES": [1, 4],
+    }  # fmt: skip
+    for name, values in sizes.items():
+        patches[f"_group_norm_channels_last.{name}"] = draw(st.sampled_from(values))
     names = ["x", "weight", "bias", "shift", "scale_shift", "skip"]
     return Call(**_common(draw, "group_norm", arguments, names), patches=patches)
 

@@ -6,7 +6,7 @@ Every case is held to the parity rule, results and gradients. Cases that most fa
 first, since the first failure ends the check.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -25,6 +25,7 @@ CAUGHT = (AssertionError, Violation)
 FILES = {
     "_group_norm_tile": "group_norm",
     "group_norm": "group_norm",
+    "_group_norm_channels_last": "group_norm",
     "group_norm_backward": "group_norm",
     "_attention_tile": "attention",
     "attention": "attention",
@@ -113,6 +114,29 @@ def _group_norm(device: str) -> Iterator[Case]:
             x, skip = (part.contiguous(memory_format=layout) for part in large.split([15, 9], 1))
             options = {"shift": randn(2, 24).to(dtype), "skip": skip}
             yield (x, 2, *randn(2, 24).to(dtype)), options
+    yield from _group_norm_channels_last(randn)
+
+
+def _group_norm_channels_last(randn: Callable[..., Tensor]) -> Iterator[Case]:
+    """Enough positions for three launches: slices of space, and channels in blocks, both with a
+    short last one. A group has channels of two blocks, and of both sources."""
+
+    def image(channels: int, spread: float = 1.0, mean: Any = 0.0) -> Tensor:
+        x = spread * randn(2, channels, 17, 23) + mean
+        return x.contiguous(memory_format=torch.channels_last)
+
+    far = 1000 * randn(2, 20)
+    ramp = 30 * torch.arange(17.0)[:, None].to(far.device) / 17  # so slices, and tiles, differ
+    for dtype in (torch.float16, torch.float32):
+        x, skip = image(64, mean=ramp).to(dtype), image(8, mean=5.0).to(dtype)
+        weight, bias, shift = (t.to(dtype) for t in (*randn(2, 72), randn(2, 72)))
+        options = {"shift": shift, "skip": skip, "scale_shift": randn(2, 144).to(dtype)}
+        yield (x, 4, weight, bias), {**options, "activation": "silu"}
+    yield (image(20, mean=100 * ramp), 2), {}  # squares of differences pass 65504
+    yield (image(24)[:, :20], 2), {}
+    yield (image(20, mean=100.0), 2), {}
+    yield (image(20, spread=1e-3), 2), {}
+    yield (image(20, mean=far[:, :, None, None]), 2), {"shift": randn(2, 20) - far}
 
 
 def _attention(device: str) -> Iterator[Case]:
