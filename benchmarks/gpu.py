@@ -33,7 +33,7 @@ TESTS = HERE.parent / "tests"
 OPS = ("group_norm", "attention", "add_time_embedding", "geglu", "add_layer_norm")
 FILES = ("group_norm", "attention", "time_embedding", "geglu", "layer_norm")
 DTYPES = ("float32", "float16", "bfloat16")
-PYTEST = "{python} -m pytest -q -p no:cacheprovider"
+PYTEST = "{python} -m pytest -v -p no:cacheprovider"  # names, also of a run that is cut off
 
 
 class Step(NamedTuple):

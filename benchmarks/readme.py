@@ -9,6 +9,7 @@ Nothing between the two markers in README is typed. ``make readme`` calls this.
 import argparse
 import hashlib
 import json
+import statistics
 import struct
 import sys
 from collections.abc import Iterable
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, DOCS = ROOT / "README.md", ROOT / "benchmarks" / "results", ROOT / "docs"
 BEGIN = "<!-- written by `make readme` from benchmarks/results -->"
 END = "<!-- end of what `make readme` writes -->"
-OPS, STEP, BEFORE = "2026-11-26-h200", "2026-11-27-h200", "2026-11-27-h100"
+OPS, STEP, BEFORE = "2026-11-26-h200", "2026-11-28-h100", "2026-11-27-h100"
+TRAINING = "2026-11-27-h200"  # and plain calls of another machine, and tune
 CPU = "2026-11-27-cpu"
 
 FAMILIES = {"sd15": "SD 1.5, 512 x 512", "sdxl": "SDXL, 1024 x 1024"}
@@ -53,24 +55,25 @@ graph, so that launches and kernels can be told apart.
 
 {steps}
 
-The first two are of `benchmarks/results/{step}`. The others (*) are of one NVIDIA H100
-(`{before}`), before merged projections, fused residual additions and
-what a call costs the CPU now. The output of each of the two is nearer to fp32 than eager's: at
-{ours_sd15:.2f} and {ours_sdxl:.2f} of the parity rule's budget, eager at {eager_sd15:.2f} and
-{eager_sdxl:.2f}. Since then 1x1 convolutions have become products, and the projections of the time
-embedding one product: SDXL took {later_graph} and {later_loop} ms in a graph and in `sampling()`,
-SD 1.5 was not measured again. Residual blocks that read skips where they lie are not measured yet.
+The first two are of `benchmarks/results/{step}`, the others (*) of `{before}`,
+before merged projections, fused residual additions and what a call costs the CPU now. The output of
+each of the two is nearer to fp32 than eager's: at {ours_sd15:.2f} and {ours_sdxl:.2f} of the parity
+rule's budget, eager at {eager_sd15:.2f} and {eager_sdxl:.2f}. Since then norms of channels_last
+images take three short launches for two long ones: by themselves, at ten shapes of these models,
+{norms_before} times as fast as before and {norms_eager} times as fast as PyTorch. No whole
+step has been measured with them. CompVis ldm's U-Net of SD 1.5, under autocast in NCHW, took
+{ldm_eager} ms eager, {ldm_graph} in a graph and {ldm_loop} in `sampling()`.
 
 ![where a step goes: SD 1.5 and SDXL, eager and accelerated, by class of kernel](docs/{plots[2]})
 
-**Plain calls are not faster, and training is slower**: without a graph the CPU is the limit, and to
-launch a Triton kernel from Python costs more than one of PyTorch's own. Its times vary from machine
-to machine and from run to run: in another run, by a script with the calls of
-`fastunet bench --only unet`, plain calls of SD 1.5 took {plain_eager} ms eager and {plain_ours} ms
-accelerated, a training step {train_eager} and {train_ours} ms
-({peak_eager} and {peak_ours} GB at the peak). So pass `cuda_graph=True` for inference, and measure
-before you train. Trained with the kernels, a small U-Net follows eager's losses: after 300 steps
-they are {gap} apart, those of two seeds {between}
+**Plain calls are hardly faster, and training is slower**: without a graph the CPU is the limit, and
+to launch a Triton kernel from Python costs more than one of PyTorch's own. Its times vary from
+machine to machine and from run to run: beside those of the table, plain calls of SD 1.5 took
+{plain_eager} ms eager and {plain_ours} ms accelerated on one NVIDIA H200 the day before, a
+training step {train_eager} and {train_ours} ms ({peak_eager} and {peak_ours} GB at the peak), by
+a script with the calls of `fastunet bench --only unet`. So pass `cuda_graph=True` for inference,
+and measure before you train. Trained with the kernels, a small U-Net follows eager's losses: after
+300 steps they are {gap} apart, those of two seeds {between}
 (`python benchmarks/training_parity.py --backend triton`).
 
 `fastunet tune` found the kernel ahead at {kernels_ahead} of {sites} kinds of call of SD 1.5, and
@@ -97,30 +100,35 @@ kernels where they are installed."""
 
 def part() -> str:
     """What stands between the markers."""
-    folder = RESULTS / STEP
+    folder = RESULTS / TRAINING
     training = json.loads((folder / "training.json").read_text())
     sites = json.loads((folder / "tune-sd15.json").read_text())["sites"]
     rows, failed, worst = earlier.parity(RESULTS / OPS)
-    later = by_peer("sdxl-later")
+    norms = json.loads((RESULTS / STEP / "norms-channels-last.json").read_text())["cases"]
+    ours = "three_launches_us"
+    trials = json.loads((RESULTS / STEP / "trials.json").read_text())
+    ldm = {trial["name"]: trial["ms"] for trial in trials["ldm"] if "name" in trial}
     gap, between_seeds = (folder / "training-parity.txt").read_text().split()[-5::4]
     values: dict[str, Any] = {
-        "device": device(report.load(folder / "unet-sd15.json")),
+        "device": device(report.load(RESULTS / STEP / "unet-sd15.json")),
         "ops_device": device(earlier.load(RESULTS / OPS)),
         "steps": steps(), "by_op": by_op(earlier.load(RESULTS / OPS)), "plots": PLOTS,
         "step": STEP, "before": BEFORE, "ops": OPS,
         "rows": rows, "passed": rows - failed, "worst": worst,
-        "later_graph": in_ms(later["fastunet, graph"]),
-        "later_loop": in_ms(later["fastunet, sampling()"]),
+        "norms_before": times(case["two_launches_us"] / case[ours] for case in norms),
+        "norms_eager": times(case["eager_us"] / case[ours] for case in norms),
         "gap": gap.rstrip(","), "between": between_seeds, "sites": len(sites),
         "kernels_ahead": sum(site["fastest"] == "triton" for site in sites),
     }  # fmt: skip
+    for name in ("eager", "graph", "loop"):
+        values[f"ldm_{name}"] = f"{statistics.median(ldm[name]):.1f}"
     for family in FAMILIES:
         found = by_peer(family)
         values[f"ours_{family}"] = found["fastunet, sampling()"]["parity"]
         values[f"eager_{family}"] = found["eager"]["parity"]
     for name, key in (("eager", "eager"), ("ours", "accelerated")):
-        times = training["training_ms"][key], training["plain_ms"][key]
-        values[f"train_{name}"], values[f"plain_{name}"] = map(spread, times)
+        measured = training["training_ms"][key], training["plain_ms"][key]
+        values[f"train_{name}"], values[f"plain_{name}"] = map(spread, measured)
         values[f"peak_{name}"] = training["peak_gb"][key]
     return TEXT.format(**values) + on_a_cpu()
 
@@ -140,6 +148,11 @@ def in_ms(row: dict[str, Any]) -> str:
 def spread(ms: list[float]) -> str:
     low, high = f"{min(ms):.0f}", f"{max(ms):.0f}"
     return low if low == high else f"{low} to {high}"
+
+
+def times(ratios: Iterable[float]) -> str:
+    found = sorted(ratios)
+    return f"{found[0]:.1f} to {found[-1]:.1f}"
 
 
 def steps() -> str:

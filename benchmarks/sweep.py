@@ -1,5 +1,6 @@
 """Rows of the launch tables, measured: group_norm and attention in other tiles, warps and slices,
-beside eager PyTorch. What it prints is the reason for the rows that stand in the tables.
+beside eager PyTorch; NHWC images by group_norm's three launches. What it prints is the reason for
+the rows that stand in the tables.
 
     python benchmarks/sweep.py --out FILE.json [--op OP] [--processes 12]
 
@@ -27,6 +28,7 @@ from fastunet.kernels import reference
 from fastunet.kernels._attention_tile import Tile as AttentionTile
 from fastunet.testing import make_inputs
 
+CHANNELS_LAST = importlib.import_module("fastunet.kernels._group_norm_channels_last")
 GROUP_NORM = importlib.import_module("fastunet.kernels.group_norm")
 ATTENTION = importlib.import_module("fastunet.kernels.attention")
 DTYPE = torch.float16
@@ -34,6 +36,11 @@ DTYPE = torch.float16
 GROUP_NORM_SIZES = [
     *((320, 64), (640, 64), (960, 64), (640, 32), (1920, 32), (1280, 16), (2560, 8)),
     *((320, 128), (960, 128), (640, 64), (1920, 64), (1280, 32)),
+]
+# positions of a tile, its warps and programs a processor of the first launch; positions of the last
+THREE_LAUNCHES = [
+    *((32, 2, 4, 64), (16, 2, 8, 64), (32, 4, 2, 64), (64, 4, 2, 64), (64, 8, 2, 64)),
+    *((32, 2, 4, 32), (32, 2, 4, 128)),
 ]
 CROSS_SIZES = [(8, 40, 4096, 77), (8, 80, 1024, 77), (8, 160, 256, 77), (10, 64, 4096, 77)]
 SELF_SIZES = [
@@ -58,13 +65,26 @@ def group_norm_cases() -> Iterator[Case]:
                 channels_last=layout == "NHWC",
             )  # fmt: skip
             group = f"group_norm {size[0]}x{size[1]} {layout}"
+            call = partial(_call, kernels.group_norm, make)
             yield group, "eager", lambda: None, partial(_call, reference.group_norm, make)
+            if layout == "NHWC":
+                for values in THREE_LAUNCHES:
+                    named = zip(("SUMS", "WARPS", "WAVES", "APPLIED"), values, strict=True)
+                    name = "{} positions, {} warps, {} waves; {} positions".format(*values)
+                    yield group, name, partial(_set, dict(named)), call
+                continue
             for tile_bytes in (4096, 8192, 16384, 32768):
                 for warps in (4, 8):
                     for waves in (0, 2, 4):
                         set_up = partial(_group_norm_table, default_table, tile_bytes, warps, waves)
                         name = f"{tile_bytes} bytes, {warps} warps, {waves} waves"
-                        yield group, name, set_up, partial(_call, kernels.group_norm, make)
+                        yield group, name, set_up, call
+
+
+def _set(values: dict[str, int]) -> None:
+    for name, value in values.items():
+        setattr(CHANNELS_LAST, name, value)
+    GROUP_NORM._operator.forward.clear()  # of the plans that other values made
 
 
 def _group_norm_table(default: Any, tile_bytes: int, warps: int, waves: int) -> None:
@@ -79,6 +99,7 @@ def _group_norm_table(default: Any, tile_bytes: int, warps: int, waves: int) -> 
 
     GROUP_NORM.launch_table = table
     GROUP_NORM.WARPS = warps
+    GROUP_NORM._operator.forward.clear()  # of the plans that another table made
 
 
 def attention_cases() -> Iterator[Case]:
@@ -93,10 +114,15 @@ def attention_cases() -> Iterator[Case]:
             tiles = [(queries, size[3], w, 1) for queries in (32, 64, 128) for w in (4, 8)]
         for queries, keys, warps, stages in tiles:
             tile = AttentionTile(queries, keys, warps, stages)
-            set_up = partial(setattr, ATTENTION, "launch_table", lambda *_, tile=tile: tile)
+            set_up = partial(_attention_table, tile)
             call = partial(kernels.attention, backend="triton")
             name = f"{queries} queries, {keys} keys, {warps} warps, {stages} stages"
             yield group, name, set_up, partial(_call, call, make)
+
+
+def _attention_table(tile: AttentionTile) -> None:
+    ATTENTION.launch_table = lambda *_: tile
+    ATTENTION._operator.forward.clear()
 
 
 def _sdpa(backend: str, *args: Any) -> Any:

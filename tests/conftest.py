@@ -61,6 +61,13 @@ def seed():
         torch.default_generator.manual_seed(0)
 
 
+@pytest.fixture(autouse=HAS_GPU)
+def memory_for_others():
+    """Several processes test on one GPU: what a test leaves unused is given back."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.fixture(autouse=True)
 def no_tables(monkeypatch, tmp_path_factory):
     """Nobody's tuning tables, the user's included, decide what runs here."""

@@ -148,7 +148,8 @@ class Call:
             for name, result in self.patches.items():
                 module, _, function = name.rpartition(".")
                 owner = sys.modules[f"fastunet.kernels.{module}"]
-                table = result if callable(result) else lambda *_, r=result, **__: r
+                as_it_is = callable(result) or isinstance(result, int)
+                table = result if as_it_is else lambda *_, r=result, **__: r
                 stack.enter_context(mock.patch.object(owner, function, table))
             yield
 

@@ -145,6 +145,8 @@ def _mutate(node, parent, strides, source, at, mutant) -> Iterator[Mutant]:
 _OWNED = "lane_g < TILE_C // GROUP_C -> lane_g <= TILE_C // GROUP_C"
 _NO_LANE = "launch tables let a program own a power of two of groups: no lane is past the last"
 _NO_PART = "where D2 is 0, a second part has no columns, and nobody reads it"
+_APART = "_attention_tile: if left.dtype == tl.float32:: left.dtype == tl.float32 ->"
+_EITHER_WAY = "the interpreter sums products apart from the total, whichever way it is asked"
 EXPLAINED: dict[str, str] = {
     f"group_norm: mask_g = (lane_g < TILE_C // GROUP_C) & (g < C // GROUP_C): {_OWNED}": _NO_LANE,
     "group_norm_backward: mask_g = (lane_g < TILE_C // GROUP_C) & (group < C // GROUP_C): "
@@ -158,9 +160,10 @@ EXPLAINED: dict[str, str] = {
     "* GROUP_C: i < slices -> i <= slices": "the count past the last slice multiplies zeros",
     "_attention_d_key_value: base = tl.load(statistics_ptr + m, mask=m < M, other=0.0): "
     "m < M -> m <= M": "past the last base lies an inverse, and its weight is multiplied by 0",
-    "_attention_tile: if left.dtype == tl.float32:: "
-    "left.dtype == tl.float32 -> left.dtype != tl.float32": (
-        "the interpreter sums products apart from the total, whichever way it is asked"
+    f"{_APART} left.dtype != tl.float32": _EITHER_WAY,
+    f"{_APART} not (left.dtype == tl.float32)": _EITHER_WAY,
+    '_attention_tile: scores += tl.where(mask != 0, 0.0, float("-inf")): 0.0 -> 1': (
+        "softmax does not see what is added to all scores of a row"
     ),
     "geglu: k = tl.floor(exponent * 1.4426950408889634 + 0.5): 1.4426950408889634 -> 0": (
         "a GPU's exp loses digits far from zero, the interpreter's loses none"
