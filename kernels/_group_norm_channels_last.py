@@ -25,7 +25,7 @@ from fastunet.kernels._plan import launch
 SUMS, WARPS, WAVES = 32, 2, 4
 APPLIED, APPLIED_WARPS = 64, 4
 CHANNELS = 64  # of a tile
-FEWEST = 128  # positions: up to these one launch is faster than three
+FEWEST = 128  # positions: up to these one launch of group_norm.py does it, and three were not tried
 WIDEST = 128  # channels of a group: a program of the second launch holds all their slices
 
 
