@@ -224,8 +224,8 @@ a step after the first.
 
 **Bytes** are those of each op's operands: every distinct input once, every output once, weights
 included; caches are left out, and so is that a norm reads its input twice. Views count nothing.
-**Kernels** are an estimate: three for PyTorch's group_norm, one to three for ours (as it launches on
-132 processors), one for any other op. **Hidden** are kernels that an op launches
+**Kernels** are an estimate: three for PyTorch's group_norm, one to three for ours (as it launches
+on 132 processors), one for any other op. **Hidden** are kernels that an op launches
 beside its own: the addition of a convolution's bias, and copies to the layout that a convolution or
 a norm asks for. The number of kernels is held against profiles below.
 
