@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _module
 
 Layer = TypeVar("Layer", bound=nn.Module)
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)  # torch.export traces with fakes of plain parameters
 # (class, method) -> the classes that it comes from, each with its own function
 _own: dict[tuple[type, str], list[tuple[type, Any]]] = {}
 
@@ -26,9 +27,10 @@ def is_plain(child: object, kind: type[Layer]) -> TypeGuard[Layer]:
     hooked = hooked or _module._global_backward_hooks or _module._global_backward_pre_hooks
     if hooked or is_wrapped(child) or is_patched(kind):
         return False
-    values = child._parameters.values()
-    # torch.export traces with fakes of plain parameters.
-    return all(p is None or type(p) in (nn.Parameter, Tensor, FakeTensor) for p in values)
+    for value in child._parameters.values():
+        if value is not None and type(value) not in _PLAIN:
+            return False
+    return True
 
 
 def is_patched(cls: type, name: str = "forward") -> bool:
@@ -40,7 +42,10 @@ def is_patched(cls: type, name: str = "forward") -> bool:
     if torch.compiler.is_compiling():
         return False
     own = _own.get((cls, name))
-    if own is None or any([vars(each).get(name) is not function for each, function in own]):
+    changed = own is None
+    for each, function in own or ():
+        changed = changed or each.__dict__.get(name) is not function
+    if changed:
         found = [each for each in cls.__mro__ if name in vars(each) and each is not nn.Module]
         own = [(each, vars(each)[name]) for each in found]
         if not all(_is_at_home(function, each) for each, function in own):

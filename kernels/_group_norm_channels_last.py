@@ -72,7 +72,7 @@ def _sum_up(
 
 
 @triton.jit(do_not_specialize=["S", "steps", "slices"])
-def _channel_sums_kernel(
+def _group_norm_sums_kernel(
     sums_ptr,  # [N, slices, 3, C] contiguous: guess, correction, m2 of x + shift
     x_ptr,  # [N, C1, S], strides stride_xn, 1, stride_xs
     skip_ptr,  # [N, C - C1, S], strides stride_kn, 1, stride_ks; or None
@@ -114,10 +114,10 @@ def _channel_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["S", "SLICE", "slices"])
-def _group_statistics_kernel(
+def _group_norm_statistics_kernel(
     table_ptr,  # [N, 3, C] contiguous: centre, scale, bias
     statistics_ptr,  # [N, groups, 3] contiguous: guess, correction, rstd; or None
-    sums_ptr,  # [N, slices, 3, C] contiguous, of _channel_sums_kernel
+    sums_ptr,  # [N, slices, 3, C] contiguous, of _group_norm_sums_kernel
     weight_ptr,  # [C] contiguous, or None
     bias_ptr,  # [C] contiguous, or None
     shift_ptr,  # [N, C], strides stride_shift, 1; or None
@@ -194,11 +194,11 @@ def _apply(
 
 
 @triton.jit(do_not_specialize=["S", "tiles"])
-def _apply_kernel(
+def _group_norm_apply_kernel(
     y_ptr,  # [N, C, S], strides stride_yn, 1, stride_ys
     x_ptr,  # [N, C1, S], strides stride_xn, 1, stride_xs
     skip_ptr,  # [N, C - C1, S], strides stride_kn, 1, stride_ks; or None
-    table_ptr,  # [N, 3, C] contiguous, of _group_statistics_kernel
+    table_ptr,  # [N, 3, C] contiguous, of _group_norm_statistics_kernel
     S,
     tiles,  # of space
     stride_yn,
@@ -279,18 +279,18 @@ def forward(
     common = {"C": channels, "ACC": _launch.accumulator(x)}
     sources = common | {"C1": x.shape[1], "BLOCK_C": block}
     launch(
-        _channel_sums_kernel, (samples * blocks * slices,),
+        _group_norm_sums_kernel, (samples * blocks * slices,),
         sums, x, skip, shift, space, steps, slices, *strides, stride_shift,
         BLOCK_S=SUMS, num_warps=WARPS, **sources,
     )  # fmt: skip
     launch(
-        _group_statistics_kernel, (samples * groups,),
+        _group_norm_statistics_kernel, (samples * groups,),
         table, statistics, sums, weight, bias, shift, scale_shift, space, steps * SUMS, slices,
         stride_shift, stride_scale, eps=eps, GROUP_C=channels // groups,
         BLOCK_C=_launch.next_power_of_2(channels // groups), MAX_SLICES=MAX_SLICES, **common,
     )  # fmt: skip
     launch(
-        _apply_kernel, (samples * blocks * tiles,),
+        _group_norm_apply_kernel, (samples * blocks * tiles,),
         y, x, skip, table, space, tiles, y.stride(0), y.stride(2), *strides,
         BLOCK_S=APPLIED, SILU=activation == "silu", num_warps=APPLIED_WARPS, **sources,
     )  # fmt: skip

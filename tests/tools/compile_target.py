@@ -16,7 +16,7 @@ import offline
 from model_calls import Call
 
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
-ADDS_UP = ("_sum_over_space_kernel", "_group_statistics_kernel")
+ADDS_UP = ("_sum_over_space_kernel", "_group_norm_statistics_kernel")
 
 
 def wanted() -> Iterator[Call]:
