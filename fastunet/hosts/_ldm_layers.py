@@ -187,14 +187,23 @@ def unlike_resnet_block(block: Any) -> tuple[str, str] | None:
 
 
 class FusedTransformerBlock(nn.Module):
-    def _forward(self: Any, x: Tensor, context: Any = None, **kwargs: Any) -> Tensor:
+    def _forward(self: Any, x: Tensor | _sites.Sum, context: Any = None, **kwargs: Any) -> Any:
+        apart = isinstance(x, tuple)
         # Tokens beside, and frames of a video, in sgm.
         if any(kwargs.values()) or is_patched(type(self), "_forward"):
-            return super()._forward(x, context=context, **kwargs)  # pyright: ignore
+            out = super()._forward(_sites.added_up(x), context=context, **kwargs)  # pyright: ignore
+            return (out, None) if apart else out
         own = context if self.disable_self_attn else None
-        x, h = add_normalize(self.norm2, self.attn1(self.norm1(x), context=own), x)
+        x, h = _sites.first_norm(self.norm1, x)
+        x, h = add_normalize(self.norm2, self.attn1(h, context=own), x)
         x, h = add_normalize(self.norm3, self.attn2(h, context=context), x)
-        return self.ff(h) + x
+        return (self.ff(h), x) if apart else self.ff(h) + x
+
+
+def takes_sums(block: Any) -> bool:
+    """Whether it is such a block, which nobody wraps or computes again."""
+    fused = isinstance(block, FusedTransformerBlock) and is_plain(block, type(block))
+    return fused and not getattr(block, "checkpoint", False)
 
 
 def unlike_transformer_block(block: Any) -> tuple[str, str] | None:
@@ -215,8 +224,10 @@ class FusedSpatialTransformer:
             return super().forward(x, context, *args, **kw)  # pyright: ignore
         linear = getattr(self, "use_linear", False)  # Stable Diffusion 1's has none
         tokens = _sites.project_in(self, x, linear)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context=context)
+        tokens = _sites.through(
+            self.transformer_blocks, tokens, takes_sums,
+            lambda block, h: block(h, context=context),
+        )  # fmt: skip
         return _sites.project_out(self, tokens, x, linear)
 
 

@@ -1,6 +1,6 @@
 """Sites that every host of Stable Diffusion's U-Net has in the same shape."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from fastunet.nn import GroupNorm
 from fastunet.nn.attention import extra_part
 from fastunet.nn.convolution import is_product, project_tokens
 from fastunet.nn.group_norm import fused_norm, normalize
+from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import unlike_plain
 from fastunet.nn.upsample import fits, is_on
+
+Sum = tuple[Tensor, Tensor | None]  # two tensors that are still to be added, or one
 
 
 @named_as_host
@@ -115,6 +118,41 @@ def added_norms(block: Any) -> list[nn.LayerNorm]:
     """Those of norm2 and norm3 that can be one with the addition before."""
     norms = (block.norm2, block.norm3)
     return [norm for norm in norms if is_plain(norm, nn.LayerNorm)]
+
+
+def through(
+    blocks: Iterable[Any], tokens: Tensor, takes_sums: Callable[[Any], bool],
+    call: Callable[[Any, Any], Any],
+) -> Tensor:  # fmt: skip
+    """tokens through a transformer's blocks. One that takes a Sum gives one, too: its last addition
+    is then made by the norm that begins the next block.
+
+    Args:
+        call: (block, tokens or a Sum) -> what the block gives.
+    """
+    h: Tensor | Sum = tokens
+    for block in blocks:
+        whole = h if isinstance(h, Tensor) else None
+        if takes_sums(block):
+            h = call(block, h if whole is None else (whole, None))
+        else:
+            h = call(block, added_up(h))
+    return added_up(h)
+
+
+def added_up(h: "Tensor | Sum") -> Tensor:
+    if isinstance(h, Tensor):
+        return h
+    x, residual = h
+    return x if residual is None else x + residual
+
+
+def first_norm(norm: nn.Module, h: "Tensor | Sum") -> tuple[Tensor, Tensor]:
+    """(what begins a transformer's block, its norm)"""
+    if isinstance(h, tuple) and h[1] is not None:
+        return add_normalize(norm, *h)
+    x = added_up(h)
+    return x, norm(x)
 
 
 def project_in(transformer: Any, image: Tensor, linear: bool) -> Tensor:

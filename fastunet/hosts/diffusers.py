@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, _chunked_feed_forward
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from fastunet import kernels
 from fastunet._plain import is_patched, is_plain
 from fastunet.hosts import Left, Swap, _sites
+from fastunet.hosts._diffusers_transformer import (
+    FusedTransformer2DModel,
+    FusedTransformerBlock,
+    is_fused_block,
+)
 from fastunet.hosts._subclass import named_as_host
 from fastunet.nn.attention import attend, extra_part
 from fastunet.nn.group_norm import normalize
-from fastunet.nn.layer_norm import add_normalize
 from fastunet.nn.resnet import residual, unlike_plain
 from fastunet.nn.upsample import pays, upsample_conv
 
@@ -109,54 +113,6 @@ class FusedGEGLU(GEGLU):
         if args or kwargs or patched or "gelu" in self.__dict__:
             return super().forward(hidden_states, *args, **kwargs)
         return kernels.geglu(self.proj(hidden_states))
-
-
-@named_as_host
-class FusedTransformerBlock(BasicTransformerBlock):
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if cross_attention_kwargs or is_patched(type(self)) or not is_fused_block(self):
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
-                timestep, cross_attention_kwargs, *args, **kwargs,  # pyright: ignore
-            )  # fmt: skip
-        block: Any = self
-        own = encoder_hidden_states if self.only_cross_attention else None
-        x, normed = hidden_states, block.norm1(hidden_states)
-        h = block.attn1(normed, encoder_hidden_states=own, attention_mask=attention_mask)
-        x, normed = add_normalize(block.norm2, h, x)
-        h = block.attn2(
-            normed,
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=encoder_attention_mask,
-        )
-        x, normed = add_normalize(block.norm3, h, x)
-        if block._chunk_size is None:
-            return block.ff(normed) + x
-        return _chunked_feed_forward(block.ff, normed, block._chunk_dim, block._chunk_size) + x
-
-
-@named_as_host
-class FusedTransformer2DModel(Transformer2DModel):
-    """Keeps the memory layout of its input, where diffusers' own returns NCHW."""
-
-    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        tokens = _sites.project_in(self, hidden_states, self.use_linear_projection)
-        return tokens, tokens.shape[-1]
-
-    def _get_output_for_continuous_inputs(
-        self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return _sites.project_out(self, hidden_states, residual, self.use_linear_projection)
 
 
 @named_as_host
@@ -252,12 +208,6 @@ def upsampled_conv(layer: Any) -> Any:
     if not (layer.interpolate and layer.use_conv):
         return None
     return layer.conv if layer.name == "conv" else layer.Conv2d_0
-
-
-def is_fused_block(block: BasicTransformerBlock) -> bool:
-    """Whether it is three residuals around attention, attention and a feed-forward net."""
-    plain = block.norm_type == "layer_norm" and block.pos_embed is None
-    return plain and block.attn2 is not None
 
 
 def why_not(attention: Attention) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """fastunet.models.unet_sd: our own U-Net of Stable Diffusion."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,12 @@ class FusedGEGLU(unet_sd.GEGLU):
 
 @named_as_host
 class FusedTransformerBlock(unet_sd.TransformerBlock):
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x, h = add_normalize(self.norm2, self.attn1(self.norm1(x)), x)
+    def forward(self, x: Tensor | _sites.Sum, context: Tensor) -> Any:
+        apart = isinstance(x, tuple)
+        x, h = _sites.first_norm(self.norm1, x)
+        x, h = add_normalize(self.norm2, self.attn1(h), x)
         x, h = add_normalize(self.norm3, self.attn2(h, context), x)
-        return x + self.ff(h)
+        return (self.ff(h), x) if apart else self.ff(h) + x
 
 
 @named_as_host
@@ -49,8 +52,10 @@ class FusedTransformer(unet_sd.Transformer):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = _sites.project_in(self, x, self.linear_projection)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+        tokens = _sites.through(
+            self.transformer_blocks, tokens, lambda block: is_plain(block, FusedTransformerBlock),
+            lambda block, h: block(h, context),
+        )  # fmt: skip
         return _sites.project_out(self, tokens, x, self.linear_projection)
 
 
