@@ -8,8 +8,9 @@ to sum them up within a program takes more barriers and shuffles than its reads 
        writes what is to be done to each channel:           centre, scale and bias
     3. it is done:                                          y = act((x + centre) * scale + bias)
 
-The first and the third read blocks of channels that memory likes, whatever the groups are. A
-program of group_norm.py, which owns whole groups, stays for images of few positions.
+The first and the third read blocks of channels that memory likes, whatever the groups are; how many
+channels and groups there are is a matter of numbers, not of compiled code. A program of
+group_norm.py, which owns whole groups, stays for images of few positions.
 """
 
 import triton
@@ -45,7 +46,7 @@ def _add_both(a, b, c, d):
 
 @triton.jit
 def _sum_up(
-    slot, at, stride_s, first_s, last_s, shift, mask_c, C: tl.constexpr, BLOCK_S: tl.constexpr,
+    slot, at, stride_s, first_s, last_s, shift, mask_c, C, BLOCK_S: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Store guess, correction and m2 of the channels at ``at`` [BLOCK_C] over a slice of space."""
@@ -85,14 +86,13 @@ def _group_norm_sums_kernel(
     stride_kn,
     stride_ks,
     stride_shift,
-    C: tl.constexpr,
-    C1: tl.constexpr,
+    C,
+    C1,  # channels of x
     BLOCK_C: tl.constexpr,  # divides C1, where there is a skip
     BLOCK_S: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
     n, part = (pid // slices // blocks).to(tl.int64), pid % slices
     first_c, first_s = pid // slices % blocks * BLOCK_C, part * steps * BLOCK_S
     last_s = tl.minimum(first_s + steps * BLOCK_S, S)
@@ -113,7 +113,7 @@ def _group_norm_sums_kernel(
         _sum_up(slot, at, stride_ks, first_s, last_s, shift, mask_c, C, BLOCK_S, ACC)
 
 
-@triton.jit(do_not_specialize=["S", "SLICE", "slices"])
+@triton.jit(do_not_specialize=["S", "SLICE", "slices", "GROUP_C"])
 def _group_norm_statistics_kernel(
     table_ptr,  # [N, 3, C] contiguous: centre, scale, bias
     statistics_ptr,  # [N, groups, 3] contiguous: guess, correction, rstd; or None
@@ -127,9 +127,9 @@ def _group_norm_statistics_kernel(
     slices,
     stride_shift,
     stride_scale,
+    C,
+    GROUP_C,  # channels of a group
     eps: tl.constexpr,
-    C: tl.constexpr,
-    GROUP_C: tl.constexpr,  # channels of a group
     BLOCK_C: tl.constexpr,  # the same, rounded up
     MAX_SLICES: tl.constexpr,
     ACC: tl.constexpr,
@@ -178,7 +178,7 @@ def _group_norm_statistics_kernel(
 
 @triton.jit
 def _apply(
-    to, stride_to, at, stride_at, table, first_s, S, mask_c, C: tl.constexpr,
+    to, stride_to, at, stride_at, table, first_s, S, mask_c, C,
     BLOCK_S: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     x, mask = _tile(at, stride_at, first_s, S, mask_c, BLOCK_S, ACC)
@@ -207,15 +207,14 @@ def _group_norm_apply_kernel(
     stride_xs,
     stride_kn,
     stride_ks,
-    C: tl.constexpr,
-    C1: tl.constexpr,
+    C,
+    C1,
     BLOCK_C: tl.constexpr,  # divides C1, where there is a skip
     BLOCK_S: tl.constexpr,
     SILU: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BLOCK_C)
     n, first_c = (pid // tiles // blocks).to(tl.int64), pid // tiles % blocks * BLOCK_C
     lane, first_s = tl.arange(0, BLOCK_C), pid % tiles * BLOCK_S
     mask_c = first_c + lane < C
@@ -276,21 +275,20 @@ def forward(
     table = x.new_empty((samples, 3, channels), dtype=_launch.wide(x))
     blocks, tiles = _launch.cdiv(channels, block), _launch.cdiv(space, APPLIED)
     strides = x.stride(0), x.stride(2), *((0, 0) if skip is None else skip.stride()[::2])
-    common = {"C": channels, "ACC": _launch.accumulator(x)}
-    sources = common | {"C1": x.shape[1], "BLOCK_C": block}
+    acc, width = _launch.accumulator(x), channels // groups
     launch(
         _group_norm_sums_kernel, (samples * blocks * slices,),
-        sums, x, skip, shift, space, steps, slices, *strides, stride_shift,
-        BLOCK_S=SUMS, num_warps=WARPS, **sources,
+        sums, x, skip, shift, space, steps, slices, *strides, stride_shift, channels, x.shape[1],
+        BLOCK_C=block, BLOCK_S=SUMS, ACC=acc, num_warps=WARPS,
     )  # fmt: skip
     launch(
         _group_norm_statistics_kernel, (samples * groups,),
         table, statistics, sums, weight, bias, shift, scale_shift, space, steps * SUMS, slices,
-        stride_shift, stride_scale, eps=eps, GROUP_C=channels // groups,
-        BLOCK_C=_launch.next_power_of_2(channels // groups), MAX_SLICES=MAX_SLICES, **common,
+        stride_shift, stride_scale, channels, width, eps=eps,
+        BLOCK_C=_launch.next_power_of_2(width), MAX_SLICES=MAX_SLICES, ACC=acc,
     )  # fmt: skip
     launch(
         _group_norm_apply_kernel, (samples * blocks * tiles,),
-        y, x, skip, table, space, tiles, y.stride(0), y.stride(2), *strides,
-        BLOCK_S=APPLIED, SILU=activation == "silu", num_warps=APPLIED_WARPS, **sources,
+        y, x, skip, table, space, tiles, y.stride(0), y.stride(2), *strides, channels, x.shape[1],
+        BLOCK_C=block, BLOCK_S=APPLIED, SILU=activation == "silu", ACC=acc, num_warps=APPLIED_WARPS,
     )  # fmt: skip

@@ -33,6 +33,7 @@ SOME = [
     Call("geglu", "", (1280, 4096), BACKWARD),
     Call("add_layer_norm", "", (1280, 256), FORWARD),
     Call("add_layer_norm", "", (1280, 256), BACKWARD),
+    Call("group_norm", "skip silu", (640, 320, 64), FORWARD, channels_last=True),
 ]
 MORE = [
     Call("group_norm", "silu", (1920, 16), FORWARD, channels_last=True),
