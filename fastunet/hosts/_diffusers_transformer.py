@@ -28,10 +28,10 @@ class FusedTransformerBlock(BasicTransformerBlock):
     ) -> Any:
         apart = isinstance(hidden_states, tuple)
         if cross_attention_kwargs or is_patched(type(self)) or not is_fused_block(self):
-            out = super().forward(
+            theirs: Any = super().forward
+            out = theirs(
                 _sites.added_up(hidden_states), attention_mask, encoder_hidden_states,
-                encoder_attention_mask, timestep, cross_attention_kwargs,
-                *args, **kwargs,  # pyright: ignore
+                encoder_attention_mask, timestep, cross_attention_kwargs, *args, **kwargs,
             )  # fmt: skip
             return (out, None) if apart else out
         block: Any = self
@@ -72,7 +72,8 @@ class FusedTransformer2DModel(Transformer2DModel):
         again = torch.is_grad_enabled() and self.gradient_checkpointing
         unusual = masked or again or cross_attention_kwargs or return_dict
         if unusual or is_patched(type(self)):
-            return super().forward(
+            theirs: Any = super().forward
+            return theirs(
                 hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
                 cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,
             )  # fmt: skip

@@ -149,10 +149,8 @@ def added_up(h: "Tensor | Sum") -> Tensor:
 
 def first_norm(norm: nn.Module, h: "Tensor | Sum") -> tuple[Tensor, Tensor]:
     """(what begins a transformer's block, its norm)"""
-    if isinstance(h, tuple) and h[1] is not None:
-        return add_normalize(norm, *h)
-    x = added_up(h)
-    return x, norm(x)
+    x, residual = h if isinstance(h, tuple) else (h, None)
+    return (x, norm(x)) if residual is None else add_normalize(norm, x, residual)
 
 
 def project_in(transformer: Any, image: Tensor, linear: bool) -> Tensor:
