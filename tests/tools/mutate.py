@@ -147,7 +147,14 @@ _NO_LANE = "launch tables let a program own a power of two of groups: no lane is
 _NO_PART = "where D2 is 0, a second part has no columns, and nobody reads it"
 _APART = "_attention_tile: if left.dtype == tl.float32:: left.dtype == tl.float32 ->"
 _EITHER_WAY = "the interpreter sums products apart from the total, whichever way it is asked"
+_VARIANCE = (
+    "variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays, which a maximum drops: "
+    "variance < 0.0 -> variance <= 0.0"
+)
+_ZERO = "a variance of zero is put in the place of a variance of zero"
 EXPLAINED: dict[str, str] = {
+    f"group_norm: {_VARIANCE}": _ZERO,
+    f"_group_norm_channels_last: {_VARIANCE}": _ZERO,
     f"group_norm: mask_g = (lane_g < TILE_C // GROUP_C) & (g < C // GROUP_C): {_OWNED}": _NO_LANE,
     "group_norm_backward: mask_g = (lane_g < TILE_C // GROUP_C) & (group < C // GROUP_C): "
     f"{_OWNED}": _NO_LANE,
