@@ -59,10 +59,12 @@ The first two are of `benchmarks/results/{step}`, the others (*) of `{before}`,
 before merged projections, fused residual additions and what a call costs the CPU now. The output of
 each of the two is nearer to fp32 than eager's: at {ours_sd15:.2f} and {ours_sdxl:.2f} of the parity
 rule's budget, eager at {eager_sd15:.2f} and {eager_sdxl:.2f}. Since then norms of channels_last
-images take three short launches for two long ones: by themselves, at ten shapes of these models,
-{norms_before} times as fast as before and {norms_eager} times as fast as PyTorch. No whole
-step has been measured with them. CompVis ldm's U-Net of SD 1.5, under autocast in NCHW, took
-{ldm_eager} ms eager, {ldm_graph} in a graph and {ldm_loop} in `sampling()`.
+images take three short launches for two long ones: in a trial of their kernels alone, at ten shapes
+of these models, {norms_before} as fast as before and {norms_eager} as fast as PyTorch, its
+concatenations included; and in SDXL the norm of a block makes the addition before it. No whole step
+has been measured with either. CompVis ldm's U-Net of SD 1.5, under autocast in NCHW, took
+{ldm_eager} ms eager, {ldm_graph} in a graph and {ldm_loop} in `sampling()` (like the trial by a
+script outside of the repo, of which that folder tells).
 
 ![where a step goes: SD 1.5 and SDXL, eager and accelerated, by class of kernel](docs/{plots[2]})
 
@@ -115,8 +117,8 @@ def part() -> str:
         "steps": steps(), "by_op": by_op(earlier.load(RESULTS / OPS)), "plots": PLOTS,
         "step": STEP, "before": BEFORE, "ops": OPS,
         "rows": rows, "passed": rows - failed, "worst": worst,
-        "norms_before": times(case["two_launches_us"] / case[ours] for case in norms),
-        "norms_eager": times(case["eager_us"] / case[ours] for case in norms),
+        "norms_before": between(case["two_launches_us"] / case[ours] for case in norms),
+        "norms_eager": between(case["eager_us"] / case[ours] for case in norms),
         "gap": gap.rstrip(","), "between": between_seeds, "sites": len(sites),
         "kernels_ahead": sum(site["fastest"] == "triton" for site in sites),
     }  # fmt: skip
@@ -127,8 +129,8 @@ def part() -> str:
         values[f"ours_{family}"] = found["fastunet, sampling()"]["parity"]
         values[f"eager_{family}"] = found["eager"]["parity"]
     for name, key in (("eager", "eager"), ("ours", "accelerated")):
-        measured = training["training_ms"][key], training["plain_ms"][key]
-        values[f"train_{name}"], values[f"plain_{name}"] = map(spread, measured)
+        times = training["training_ms"][key], training["plain_ms"][key]
+        values[f"train_{name}"], values[f"plain_{name}"] = map(spread, times)
         values[f"peak_{name}"] = training["peak_gb"][key]
     return TEXT.format(**values) + on_a_cpu()
 
@@ -148,11 +150,6 @@ def in_ms(row: dict[str, Any]) -> str:
 def spread(ms: list[float]) -> str:
     low, high = f"{min(ms):.0f}", f"{max(ms):.0f}"
     return low if low == high else f"{low} to {high}"
-
-
-def times(ratios: Iterable[float]) -> str:
-    found = sorted(ratios)
-    return f"{found[0]:.1f} to {found[-1]:.1f}"
 
 
 def steps() -> str:
@@ -194,7 +191,8 @@ def by_op(run: Run) -> str:
 
 
 def between(ratios: Iterable[float]) -> str:
-    low, high = (f"{value:.1f}x" for value in (min(ratios), max(ratios)))
+    found = sorted(ratios)
+    low, high = (f"{value:.1f}x" for value in (found[0], found[-1]))
     return low if low == high else f"{low} to {high}"
 
 
